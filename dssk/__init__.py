@@ -1,0 +1,1 @@
+"""Cached context for frozen StarCoder-family models through a few trained cross-attention blocks."""

@@ -1,0 +1,1 @@
+"""Questions, contexts and their encodings: from raw rows to padded batches."""

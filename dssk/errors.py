@@ -1,0 +1,56 @@
+"""What can go wrong for a user, and the exit code that says so to a scheduler.
+
+Every error a user can cause or mend is a `DsskError`: `run` prints it as one line and exits with its code.
+Anything else is our own bug and keeps its traceback (exit code 1).
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class DsskError(Exception):
+    """A mistake in usage, configuration, data or model: running the same command again will not help."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(DsskError):
+    """The machine is at fault: disk full, target read-only, hub unreachable, no device."""
+
+    exit_code = 3
+
+
+class DamagedData(DsskError):
+    """Stored data is not what was written: truncated, altered or incomplete."""
+
+    exit_code = 4
+
+
+class Diverged(DsskError):
+    """A loss, a weight or an encoding is NaN or infinite."""
+
+    exit_code = 5
+
+
+class Locked(DsskError):
+    """Another process is writing to the same folder."""
+
+    exit_code = 6
+
+
+class Preempted(DsskError):
+    """Stopped from outside with everything saved: the same command goes on from here."""
+
+    exit_code = 75
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the process's exit code; a `DsskError` becomes one line on standard error."""
+    try:
+        return main() or 0
+    except DsskError as error:
+        print(f"dssk: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dssk: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""Answers from cached contexts, and their scores."""

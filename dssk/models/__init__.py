@@ -1,0 +1,1 @@
+"""The frozen decoder and the cross-attention blocks placed into it."""

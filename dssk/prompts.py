@@ -1,0 +1,26 @@
+"""Every string the model reads or must produce. Training and inference call the same functions.
+
+Tokenize a prompt and what follows it separately: then a prompt's tokens are exactly the first tokens of its
+training text, whatever the tokenizer merges.
+"""
+
+TEMPLATE_VERSION = 1  # raise when any string below changes: encodings made with another version are refused
+
+YES = "Yes"
+NO = "No"
+NOT_IN_CONTEXT = "Answer not in context."
+
+
+def context(text: str) -> str:
+    """The text of a context, as it is encoded and as the decoder learns to repeat it."""
+    return f"context: {text}"
+
+
+def question(text: str) -> str:
+    """What the decoder reads before it answers."""
+    return f"question: {text} \n answer:"
+
+
+def answer(text: str) -> str:
+    """What follows `question(...)`; the end-of-text token comes after it."""
+    return f" {text}"

@@ -1,0 +1,1 @@
+"""One training run: arguments, trainer, callbacks."""
