@@ -1,0 +1,171 @@
+"""The cross-attention block: all that is trained. Nothing here knows of StarCoder.
+
+Shapes: C contexts, r decoder rows on each context, B = C * r decoder rows, T decoder tokens, S context tokens,
+H attention heads, K key/value heads, G = H / K, D head size, E = H * D width, d hidden size of the decoder.
+
+Neither the keys nor the mask depend on the query, and nothing here is causal. So queries of all rows that share
+a context, and of all heads that share a key, line up behind one another as one long query against the same keys:
+no key or value is ever repeated for beams, sampled sequences, questions or grouped heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import eager_attention_forward
+
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+
+
+class CrossAttnLinear(nn.Linear):
+    """A projection of a block; a class of its own so that weight initialization finds it."""
+
+
+class CrossAttnOutput(CrossAttnLinear):
+    """A projection whose output joins the residual stream; all zeros, it makes its block the identity."""
+
+
+@dataclass(frozen=True)
+class ProjectedContext:
+    """Keys and values of C contexts, ready to be attended to by any number of decoder rows.
+
+    Made by `CrossAttnGPTBigCodeForCausalLM.project_context`, once a context; not changed by generation.
+    """
+
+    keys: tuple[torch.Tensor, ...]  # (C, K, S, D) for each set of block weights
+    values: tuple[torch.Tensor, ...]  # (C, K, S, D)
+    mask: torch.Tensor | None  # (C, S) boolean, True = attend; None where every token is visible
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the decoder's states to a context's, through transformers' attention interface."""
+
+    is_causal = False
+    num_key_value_groups = 1  # grouped heads are folded into the query's length
+
+    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads: int = config.cross_attn_num_attention_heads  # type: ignore[assignment]
+        self.num_kv_heads: int = config.cross_attn_num_key_value_heads  # type: ignore[assignment]
+        width: int = config.cross_attn_hidden_size  # type: ignore[assignment]
+        self.head_dim = width // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        kv_width = self.num_kv_heads * self.head_dim
+        if config.cross_attn_shared_projections:
+            self.q_k_attn = CrossAttnLinear(config.hidden_size, width)
+        else:
+            self.q_attn = CrossAttnLinear(config.hidden_size, width)
+            self.k_attn = CrossAttnLinear(config.hidden_size, kv_width)
+        self.v_attn = CrossAttnLinear(config.hidden_size, kv_width)
+        self.c_proj = CrossAttnOutput(width, config.hidden_size)
+
+    def project_context(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (C, K, S, D) of encoder states (C, S, d)."""
+        to_keys = self.q_k_attn if self.config.cross_attn_shared_projections else self.k_attn
+        split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
+        return to_keys(states).view(split).transpose(1, 2), self.v_attn(states).view(split).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `hidden_states` (B, T, d); returns (B, T, d) and, if eager, the weights (B, H, T, S).
+
+        A row whose context is masked throughout gets an attention output of zero, in every implementation.
+        """
+        rows, tokens, _ = hidden_states.shape
+        contexts, groups = keys.shape[0], self.num_heads // self.num_kv_heads
+        if rows % contexts:
+            raise ValueError(f"{rows} decoder rows cannot share {contexts} contexts evenly")
+        to_queries = self.q_k_attn if self.config.cross_attn_shared_projections else self.q_attn
+        queries = to_queries(hidden_states).view(contexts, -1, self.num_kv_heads, groups, self.head_dim)
+        queries = queries.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (C, K, G * r * T, D)
+
+        implementation = self.config._attn_implementation
+        if mask is not None and "flash" in (implementation or ""):
+            implementation = "sdpa"  # flash kernels take no mask over keys apart from the queries' own padding
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended, weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask(mask, implementation, queries),
+            scaling=self.scaling,
+            dropout=0.0,
+        )  # (C, G * r * T, K, D)
+        if mask is not None:
+            attended = attended * mask.any(-1)[:, None, None, None]
+        attended = attended.view(contexts, groups, -1, self.num_kv_heads, self.head_dim)
+        attended = attended.permute(0, 2, 3, 1, 4).reshape(rows, tokens, -1)  # (B, T, E)
+        if weights is not None and implementation == "eager":
+            weights = weights.view(contexts, self.num_kv_heads, groups, -1, tokens, keys.shape[2])
+            weights = weights.permute(0, 3, 1, 2, 4, 5).reshape(rows, self.num_heads, tokens, -1)
+        return self.c_proj(attended), weights
+
+
+def attention_mask(mask: torch.Tensor | None, implementation: str | None, queries: torch.Tensor):
+    """What `implementation` takes for a boolean mask over context tokens (C, S), the same for every query."""
+    if mask is None or implementation == "sdpa":
+        return None if mask is None else mask[:, None, None, :]
+    if implementation == "flex_attention":
+        return create_block_mask(
+            lambda context, head, query, key: mask[context, key],
+            B=len(mask),
+            H=None,
+            Q_LEN=queries.shape[2],
+            KV_LEN=mask.shape[1],
+            device=mask.device,
+        )
+    blocked = torch.finfo(queries.dtype).min
+    return torch.zeros(mask.shape, dtype=queries.dtype, device=mask.device).masked_fill(~mask, blocked)[:, None, None]
+
+
+class CrossAttnMLP(nn.Module):
+    """d -> 4E -> d with the decoder's activation."""
+
+    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+        super().__init__()
+        inner = 4 * config.cross_attn_hidden_size  # type: ignore[operator]
+        self.c_fc = CrossAttnLinear(config.hidden_size, inner)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = CrossAttnOutput(inner, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.act(self.c_fc(hidden_states)))
+
+
+class CrossAttnBlock(nn.Module):
+    """`h + CrossAttention(LN1(h), context)`, then `h + MLP(LN2(h))`."""
+
+    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = CrossAttention(config)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = CrossAttnMLP(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The decoder's states (B, T, d) after this block, in the dtype and on the device they came in."""
+        # The blocks may train in fp32 inside a decoder kept in half precision.
+        states = hidden_states.to(self.ln_1.weight)
+        states = states + self.attn(self.ln_1(states), keys, values, mask)[0]
+        states = states + self.mlp(self.ln_2(states))
+        return states.to(hidden_states)
