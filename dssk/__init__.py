@@ -1,1 +1,15 @@
-"""Cached context for frozen StarCoder-family models through a few trained cross-attention blocks."""
+"""Cached context for frozen StarCoder-family models through a few trained cross-attention blocks.
+
+Importing this package lets transformers' Auto classes load the models it saves; it does nothing else.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.cross_attention import ProjectedContext
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+__all__ = ["CrossAttnGPTBigCodeConfig", "CrossAttnGPTBigCodeForCausalLM", "ProjectedContext"]
+
+AutoConfig.register(CrossAttnGPTBigCodeConfig.model_type, CrossAttnGPTBigCodeConfig, exist_ok=True)
+AutoModelForCausalLM.register(CrossAttnGPTBigCodeConfig, CrossAttnGPTBigCodeForCausalLM, exist_ok=True)

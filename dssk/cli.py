@@ -1,0 +1,92 @@
+"""The flags of `trainval.py`: where and how long to run. What to run is an experiment of `exp_configs.py`.
+
+Every flag survives being sent again as `--name value`, as a job scheduler does.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from dssk.flags import Parser, bool_flag, optional_str, positive_int
+
+DEFAULT_STEPS = 1_000
+DEFAULT_LOG_EVERY = 100
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """One call of `trainval.py`; the meaning of each field is its flag's help."""
+
+    exp_group: str | None
+    exp_id: str | None
+    savedir_base: str
+    data_path: str
+    reset: bool
+    job_scheduler: str | None
+    python_binary: str
+    steps: int
+    log_every: int
+    wandb_entity_name: str | None
+    wandb_project_name: str | None
+    wandb_run_name: str | None
+    wandb_log_gradients: bool
+    push_to_hub: str | None
+    deepspeed: str | None
+    dist_url: str | None
+    local_rank: int
+    overrides: list[str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="trainval.py", description="Train the cross-attention blocks of an experiment.")
+    what = parser.add_argument_group("what to train")
+    what.add_argument("-e", "--exp_group", type=optional_str, help="group of experiments in exp_configs.py")
+    what.add_argument(
+        "--exp_id", type=optional_str, help="train the one experiment stored under this id in --savedir_base"
+    )
+    what.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the experiment; may be given several times",
+    )
+    where = parser.add_argument_group("where and how long")
+    where.add_argument("-sb", "--savedir_base", required=True, help="folder under which each experiment gets its own")
+    where.add_argument("--data_path", required=True, help="folder made by dssk/data/preproc_nq.py")
+    where.add_argument(
+        "-r", "--reset", type=bool_flag, default=False, help="1: start afresh, moving what is there aside; 0: resume"
+    )
+    where.add_argument("--steps", type=positive_int, default=DEFAULT_STEPS, help="optimizer steps in all (%(default)s)")
+    where.add_argument(
+        "--log_every",
+        type=positive_int,
+        default=DEFAULT_LOG_EVERY,
+        help="optimizer steps between logs, evaluations and checkpoints alike (%(default)s)",
+    )
+    where.add_argument("--push_to_hub", type=optional_str, help="Hub repository that gets the final model")
+    wandb = parser.add_argument_group("Weights & Biases (needs entity and project)")
+    wandb.add_argument("--wandb_entity_name", type=optional_str, help="user or team")
+    wandb.add_argument("--wandb_project_name", type=optional_str, help="project")
+    wandb.add_argument("--wandb_run_name", type=optional_str, help="name of the run; optional")
+    wandb.add_argument(
+        "--wandb_log_gradients", type=bool_flag, nargs="?", const=True, default=False, help="log gradient histograms"
+    )
+    how = parser.add_argument_group("launchers")
+    how.add_argument("-j", "--j", "--job_scheduler", dest="job_scheduler", type=optional_str, help="toolkit or slurm")
+    how.add_argument("--python_binary", default="python", help="what starts a job; NGPUS becomes its number of GPUs")
+    how.add_argument("--deepspeed", type=optional_str, help="DeepSpeed configuration file (JSON)")
+    how.add_argument("--dist_url", type=optional_str, help="rendezvous address, set by some launchers; not read")
+    how.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value is used")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> RunArgs:
+    """Parse the flags of `trainval.py`; a mistake is one line on standard error and exit code 2."""
+    parser = build_parser()
+    namespace = parser.parse_args(argv)
+    if (namespace.exp_group is None) == (namespace.exp_id is None):
+        parser.error("want one of --exp_group and --exp_id")
+    if bool(namespace.wandb_entity_name) != bool(namespace.wandb_project_name):
+        parser.error("logging to Weights & Biases needs both --wandb_entity_name and --wandb_project_name")
+    return RunArgs(**vars(namespace))

@@ -1,0 +1,106 @@
+"""What to train: the keys of an experiment, their types, ranges and meanings. Values live in `exp_configs.py`."""
+
+import hashlib
+import itertools
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dssk.errors import DsskError
+from dssk.flags import nearest
+
+
+class ExperimentConfig(BaseModel):
+    """One experiment, complete and checked. It has no defaults: `BASE_CONFIG` in `exp_configs.py` is their home."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    model_path: str = Field(min_length=1, description="base model, GPTBigCode: a folder or a name on the Hub")
+
+    num_cross_attn_layers: int = Field(ge=1, description="cross-attention blocks, counted back from the output")
+    cross_attn_layers_stride: int = Field(ge=1, description="decoder layers from one block to the next below it")
+    cross_attn_shared_weights: bool = Field(description="one set of weights for all blocks")
+    cross_attn_dropout_prob: float = Field(ge=0, lt=1, description="share of context tokens hidden in training")
+    cross_attn_final_layer: bool = Field(description="a block follows its decoder layer instead of preceding it")
+    cross_attn_shared_projections: bool = Field(description="queries and keys use one projection")
+    cross_attn_hidden_size: int | None = Field(ge=1, description="width of the blocks; None: the decoder's")
+    cross_attn_num_attention_heads: int | None = Field(ge=1, description="heads; None: the decoder's")
+    cross_attn_num_key_value_heads: int | None = Field(ge=1, description="key/value heads; None: all heads")
+    cross_attn_init: Literal["zero", "normal"] = Field(description="zero: start as the base model exactly")
+
+    context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
+    include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")
+    do_repetition_augmentations: bool = Field(description="append 'repeat ...' tasks to questions")
+    loss_on: Literal["all", "answer"] = Field(description="labels of a question row: its whole text or its answer")
+    encode_online: bool = Field(description="encode contexts in the training step instead of reading them from disk")
+
+    train_batch_size: int = Field(ge=1, description="rows per device and micro-batch")
+    test_batch_size: int = Field(ge=1, description="rows per device in evaluation")
+    skip_steps: int = Field(ge=1, description="micro-batches accumulated per optimizer step")
+
+    learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "reduce_lr_on_plateau"] = Field(
+        description="learning rate over the steps"
+    )
+    warmup_ratio: float = Field(ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    adam_beta1: float = Field(ge=0, lt=1, description="decay of AdamW's first moment")
+    adam_beta2: float = Field(ge=0, lt=1, description="decay of AdamW's second moment")
+    adam_epsilon: float = Field(gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(gt=0, description="gradients are clipped to this norm")
+    label_smoothing_factor: float = Field(ge=0, lt=1, description="probability mass spread over the vocabulary")
+
+    fp16: bool = Field(description="mixed precision in float16 (GPU only)")
+    bf16: bool = Field(description="mixed precision in bfloat16")
+    gradient_checkpointing: bool = Field(description="recompute activations in the backward pass: less memory")
+    seed: int = Field(ge=0, description="of new weights, sample order and augmentations")
+
+
+def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
+    """Check an experiment; every fault is named in one `DsskError`, an unknown key with the nearest known one."""
+    try:
+        cfg = ExperimentConfig.model_validate(exp_dict)
+    except ValidationError as error:
+        raise DsskError("experiment: " + "; ".join(_fault(fault) for fault in error.errors())) from None
+    if cfg.fp16 and cfg.bf16:
+        raise DsskError("experiment: fp16 and bf16 are both true, want at most one of them")
+    return cfg
+
+
+def _fault(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key}{nearest(key, ExperimentConfig.model_fields)}"
+    if fault["type"] == "missing":
+        return f"key {key} is missing"
+    return f"{key} is {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def expand_group(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every experiment of a group; a list as a value stands for one experiment with each of its elements."""
+    expanded = []
+    for experiment in experiments:
+        choices = [value if isinstance(value, list) else [value] for value in experiment.values()]
+        expanded += [dict(zip(experiment, choice, strict=True)) for choice in itertools.product(*choices)]
+    return expanded
+
+
+def experiment_id(exp_dict: dict[str, Any]) -> str:
+    """The 32 hex digits that name an experiment's folder, the same as haven-ai gives it (`hash_dict`)."""
+    text = "".join(f"{key}/{exp_dict[key]}" for key in sorted(exp_dict))
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def apply_overrides(exp_dict: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The experiment with `key=value` overrides; values are JSON (`1e-4`, `true`, `null`) or else plain text."""
+    changed = dict(exp_dict)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise DsskError(f"--set {override}: want key=value")
+        try:
+            changed[key] = json.loads(text)
+        except json.JSONDecodeError:
+            changed[key] = text
+    return changed

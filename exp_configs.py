@@ -1,0 +1,165 @@
+"""The experiments: the only place where values of hyper-parameters live.
+
+What each key means is written beside its type in `dssk/config.py`. A group is a list of experiments; a list as a
+value makes one experiment of each of its elements. Add a key here and there, never a flag.
+"""
+
+BASE_CONFIG = {
+    "model_path": "bigcode/starcoderbase-1b",
+    "num_cross_attn_layers": 4,
+    "cross_attn_layers_stride": 2,
+    "cross_attn_shared_weights": True,
+    "cross_attn_dropout_prob": 0.3,
+    "cross_attn_final_layer": False,
+    "cross_attn_shared_projections": False,
+    "cross_attn_hidden_size": None,
+    "cross_attn_num_attention_heads": None,
+    "cross_attn_num_key_value_heads": None,
+    "cross_attn_init": "zero",
+    "context_size": 2048,
+    "include_context_ids": True,
+    "do_repetition_augmentations": False,
+    "loss_on": "all",
+    "encode_online": False,
+    "train_batch_size": 16,
+    "test_batch_size": 16,
+    "skip_steps": 1,
+    "learning_rate": 6e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.05,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+    "weight_decay": 5e-2,
+    "max_grad_norm": 1.0,
+    "label_smoothing_factor": 0.0,
+    "fp16": True,
+    "bf16": False,
+    "gradient_checkpointing": True,
+    "seed": 0,
+}
+
+EXP_GROUPS = {
+    # The embedded default: minutes on a laptop's CPU. Its base is made by `python -m dssk.models.make_base`.
+    "crossattn_tiny": [
+        {
+            **BASE_CONFIG,
+            "model_path": "runs/demo/base",
+            "num_cross_attn_layers": 2,
+            "cross_attn_layers_stride": 1,
+            "cross_attn_shared_weights": False,
+            "cross_attn_dropout_prob": 0.0,
+            "cross_attn_final_layer": True,  # a block before layer 0 would not see the question
+            "context_size": 256,
+            "include_context_ids": False,
+            "train_batch_size": 32,
+            "test_batch_size": 64,
+            "learning_rate": 1e-2,
+            "warmup_ratio": 0.0625,
+            "adam_beta2": 0.98,
+            "weight_decay": 1e-2,
+            "fp16": False,
+            "gradient_checkpointing": False,
+        }
+    ],
+    "crossattn_santacoder": [
+        {
+            **BASE_CONFIG,
+            "model_path": "TabbyML/SantaCoder-1B",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 2,
+            "train_batch_size": 5,
+            "test_batch_size": 5,
+            "skip_steps": 8,
+            "learning_rate": 3e-4,
+            "weight_decay": 5e-4,
+            "lr_scheduler_type": "cosine",
+        }
+    ],
+    "crossattn_starcoder": [
+        {
+            **BASE_CONFIG,
+            "model_path": "bigcode/starcoder",
+            "num_cross_attn_layers": 8,
+            "cross_attn_layers_stride": 4,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 16,
+        }
+    ],
+    "crossattn_starcoderbase-1b": [
+        {
+            **BASE_CONFIG,
+            "model_path": "bigcode/starcoderbase-1b",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 3,
+            "train_batch_size": 2,
+            "test_batch_size": 2,
+            "learning_rate": 2e-4,
+            "weight_decay": 5e-1,
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+        }
+    ],
+    "crossattn_starcoderbase-3b": [
+        {
+            **BASE_CONFIG,
+            "model_path": "bigcode/starcoderbase-3b",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 6,
+            "cross_attn_shared_weights": False,
+            "cross_attn_dropout_prob": 0.4,
+            "cross_attn_final_layer": True,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 16,
+            "context_size": 4096,
+            "train_batch_size": 4,
+            "test_batch_size": 4,
+            "skip_steps": 32,
+            "learning_rate": 5e-4,
+            "weight_decay": 1e-3,
+            "lr_scheduler_type": "cosine",
+        }
+    ],
+    "crossattn_starcoderbase-7b": [
+        {
+            **BASE_CONFIG,
+            "model_path": "bigcode/starcoderbase-7b",
+            "num_cross_attn_layers": 8,
+            "cross_attn_layers_stride": 4,
+            "cross_attn_dropout_prob": 0.4,
+            "cross_attn_final_layer": True,
+            "cross_attn_shared_projections": True,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 1e-4,
+            "weight_decay": 1e-2,
+            "lr_scheduler_type": "cosine",
+        }
+    ],
+    "crossattn_starchat-alpha": [
+        {
+            **BASE_CONFIG,
+            "model_path": "HuggingFaceH4/starchat-alpha",
+            "num_cross_attn_layers": 4,
+            "cross_attn_layers_stride": 8,
+            "cross_attn_shared_weights": False,
+            "cross_attn_dropout_prob": 0.25,
+            "cross_attn_final_layer": True,
+            "cross_attn_shared_projections": True,
+            "cross_attn_hidden_size": 2048,
+            "cross_attn_num_attention_heads": 32,
+            "context_size": 4096,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 2e-4,
+            "weight_decay": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "fp16": False,
+            "bf16": True,
+        }
+    ],
+}
