@@ -24,3 +24,8 @@ def question(text: str) -> str:
 def answer(text: str) -> str:
     """What follows `question(...)`; the end-of-text token comes after it."""
     return f" {text}"
+
+
+def repeat_task(what: str) -> str:
+    """The head of a repetition task: the model then repeats `what` (question, answer, both or context)."""
+    return f"repeat {what}:"

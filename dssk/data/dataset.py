@@ -1,0 +1,87 @@
+"""Encoded rows as training examples: what the decoder reads, what it must predict, what it attends to."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.config import ExperimentConfig
+from dssk.data.augment import FIM_PROB, REPETITION_TASKS, fill_in_the_middle
+from dssk.tokenizer import FIM_TOKENS
+
+IGNORED = -100  # label of a position that is not learned, as in all of transformers
+
+
+class CrossAttnDataset(torch.utils.data.Dataset):
+    """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
+
+    An example is `input_ids` and `labels` (T,), and the context: `encoder_hidden_states` (S, d), or
+    `context_input_ids` (S,) with `encode_online`. In training with `include_context_ids` the rows are walked
+    twice: first the questions with their answers, then the contexts themselves as text to be repeated.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: ExperimentConfig, training: bool
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.training = training
+        self.epoch = 0
+        self.with_contexts = training and cfg.include_context_ids
+        self.fim_markers = tuple(tokenizer.convert_tokens_to_ids(list(FIM_TOKENS))) if self.with_contexts else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other augmentations; the training loop calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows) * (2 if self.with_contexts else 1)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index % len(self.rows)]
+        rng = np.random.default_rng([self.cfg.seed, self.epoch, index])
+        if index < len(self.rows):
+            input_ids, labels = self._question(row, rng)
+        else:
+            input_ids = self._context(row, rng)
+            labels = input_ids
+        size = self.cfg.context_size
+        example = {"input_ids": input_ids[:size], "labels": labels[:size]}
+        if self.cfg.encode_online:
+            example["context_input_ids"] = self._tokens(prompts.context(row["context"]))[:size]
+        else:
+            example["encoder_hidden_states"] = row["encoder_hidden_states"][:size]
+        return example
+
+    def _question(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        prompt = self._tokens(prompts.question(row["question"]))
+        answer = [*self._tokens(prompts.answer(row["answer"])), self.tokenizer.eos_token_id]
+        if self.training and self.cfg.do_repetition_augmentations:
+            answer += self._repetition(row, str(rng.choice(REPETITION_TASKS)))
+        input_ids = prompt + answer
+        return input_ids, input_ids if self.cfg.loss_on == "all" else [IGNORED] * len(prompt) + answer
+
+    def _repetition(self, row: dict[str, Any], task: str) -> list[int]:
+        text = {
+            "question": row["question"],
+            "answer": row["answer"],
+            "both": f"{row['question']} {row['answer']}",
+            "context": row["context"],
+        }[task]
+        tokens = self._tokens(prompts.repeat_task(task)) + self._tokens(prompts.answer(text))
+        return [*tokens, self.tokenizer.eos_token_id]
+
+    def _context(self, row: dict[str, Any], rng: np.random.Generator) -> list[int]:
+        tokens = self._tokens(prompts.context(row["context"]))
+        if rng.random() < FIM_PROB:
+            # Cut first: what the size limit would cut off later must not be a marker.
+            tokens = tokens[: self.cfg.context_size - len(FIM_TOKENS) - 1]
+            tokens = fill_in_the_middle(tokens, rng, self.fim_markers)  # type: ignore[arg-type]
+        return [*tokens, self.tokenizer.eos_token_id]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

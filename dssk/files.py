@@ -1,0 +1,167 @@
+"""Files that are either whole or absent, whenever the process dies; their checksums; one writer to a folder."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from dssk.errors import DsskError, EnvironmentFault, Locked
+
+TEMP_PREFIX = ".tmp-"
+_BLOCK_BYTES = 1 << 20
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class HashingWriter:
+    """A binary file that is only appended to, with the number and the xxh3_128 of the bytes written so far."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self.num_bytes = 0
+        self.closed = False  # Arrow asks
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[HashingWriter]:
+    """Open `path` for writing; it appears under its name only when the block ends, whole and on the disk."""
+    temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
+    try:
+        with machine_faults(path):
+            with open(temp, "xb") as file:
+                yield HashingWriter(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+            sync_folder(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def publish_text(path: Path, text: str) -> str:
+    """Write a whole text file at once; returns its xxh3_128."""
+    with publish(path) as file:
+        file.write(text.encode())
+    return file.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` (new, renamed, removed) survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds; one that is absent is fine."""
+    with machine_faults(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_temps(folder: Path) -> None:
+    """Remove what writers that were killed left behind. Call it only under the folder's lock."""
+    for path in folder.rglob(f"{TEMP_PREFIX}*"):
+        remove(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents, and make sure that it can be written to."""
+    with machine_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{TEMP_PREFIX}{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+
+
+def require_free(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise `EnvironmentFault` unless the disk of `folder` has `num_bytes` free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise EnvironmentFault(
+            f"disk full at {folder}: {what} needs {size(num_bytes)}, {size(free)} free: make room or choose "
+            "another folder, then start the same command again"
+        )
+
+
+@contextlib.contextmanager
+def machine_faults(path: Path) -> Iterator[None]:
+    """Turn a full disk and a target that may not be written to into an `EnvironmentFault` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise EnvironmentFault(
+                f"disk full at {path} ({size(free)} free): make room, then start the same command again"
+            ) from error
+        if error.errno in _NOT_ALLOWED:
+            raise EnvironmentFault(f"cannot write {path}: {error.strerror}: choose another folder") from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise DsskError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, or raise `Locked` naming the process that does. The kernel frees it at our death."""
+    with machine_faults(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
+            raise Locked(f"{path} is held by {holder}: wait for it to end, or stop it") from error
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def xxh3_128(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:
+    """The xxh3_128 of a whole file, as 32 hex digits; `progress` is told the bytes of each block."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def size(num_bytes: float) -> str:
+    """`num_bytes` for people: `"1.5 GB"`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

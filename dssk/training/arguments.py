@@ -1,0 +1,67 @@
+"""ExperimentConfig + RunArgs -> TrainingArguments: the only place where names are translated."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from dssk.cli import RunArgs
+from dssk.config import ExperimentConfig
+from dssk.errors import DsskError
+
+MAX_LOADER_WORKERS = 4
+
+
+def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> TrainingArguments:
+    """The arguments of transformers' `Trainer` for one experiment and one call of `trainval.py`."""
+    on_gpu = torch.cuda.is_available()
+    if cfg.fp16 and not on_gpu:
+        raise DsskError("fp16 is true and there is no GPU: use --set fp16=false (--set bf16=true works on a CPU)")
+    if cfg.bf16 and on_gpu and not torch.cuda.is_bf16_supported():
+        raise DsskError("bf16 is true and this GPU has no bfloat16: use --set bf16=false --set fp16=true")
+    return TrainingArguments(
+        output_dir=str(savedir),
+        run_name=run.wandb_run_name,
+        max_steps=run.steps,
+        logging_steps=run.log_every,
+        eval_strategy="steps",
+        eval_steps=run.log_every,
+        save_strategy="steps",
+        save_steps=run.log_every,
+        per_device_train_batch_size=cfg.train_batch_size,
+        per_device_eval_batch_size=cfg.test_batch_size,
+        gradient_accumulation_steps=cfg.skip_steps,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.lr_scheduler_type,
+        warmup_steps=cfg.warmup_ratio,  # below 1 it is a share of all steps
+        adam_beta1=cfg.adam_beta1,
+        adam_beta2=cfg.adam_beta2,
+        adam_epsilon=cfg.adam_epsilon,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        fp16=cfg.fp16,
+        bf16=cfg.bf16,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=cfg.seed,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        logging_nan_inf_filter=False,  # it would log a NaN loss as zero
+        remove_unused_columns=False,  # our collator names the model's inputs
+        dataloader_num_workers=loader_workers(),
+        ddp_find_unused_parameters=False,  # every batch has a context, so every trainable parameter is used
+        use_cpu=not on_gpu,
+        deepspeed=run.deepspeed,
+        report_to=["wandb"] if run.wandb_project_name else [],
+    )
+
+
+def loader_workers() -> int:
+    """Data-loading processes for each rank: a share of this machine's cores, none where ranks use them all."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = os.cpu_count() or 1
+    if not torch.cuda.is_available():
+        return 0  # the training step itself needs the cores
+    return max(0, min(MAX_LOADER_WORKERS, cores // ranks - 1))
