@@ -1,0 +1,78 @@
+"""What every test can use: a tiny base model with a byte tokenizer, and encoded rows. No network, no GPU."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with StarCoder's special tokens and, like StarCoder's, without a padding token."""
+    vocabulary = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+
+
+def make_base(folder: Path, seed: int = 0, **config) -> Path:
+    """Save a random 4-layer, 32-wide GPTBigCode model and the byte tokenizer to `folder`."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": 256,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.2,  # at the usual 0.02 so small a model hardly tells inputs apart
+    }
+    GPTBigCodeForCausalLM(GPTBigCodeConfig(**settings | config)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def fused(base: Path, **fields) -> CrossAttnGPTBigCodeForCausalLM:
+    """The base with random blocks in its last layers; `fields` override the layout."""
+    torch.manual_seed(1)
+    settings = {"num_cross_attn_layers": 2, "cross_attn_layers_stride": 2, "cross_attn_init": "normal"}
+    return CrossAttnGPTBigCodeForCausalLM.from_base(base, **settings | fields).eval()
+
+
+@pytest.fixture(scope="session")
+def base_path(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def base(base_path) -> GPTBigCodeForCausalLM:
+    return GPTBigCodeForCausalLM.from_pretrained(base_path).eval()
+
+
+@pytest.fixture
+def tokens():
+    """Random token ids of a shape, from a generator of its own: no special ones."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, shape, generator=generator)
