@@ -1,0 +1,37 @@
+# Everything here sets itself up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: install demo test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+# The main job on the embedded default: base model, encoded contexts, trained blocks, scores.
+demo: install
+	$(BIN)/python -m dssk.models.make_base --dataset toy --seed $(SEED) --output $(DEMO)/seed-$(SEED)/base
+	$(BIN)/python dssk/data/preproc_nq.py --dataset toy --seed $(SEED) --embedding_model $(DEMO)/seed-$(SEED)/base \
+		--batch_size 64 --data_cache_path $(DEMO)/seed-$(SEED)
+	$(BIN)/python trainval.py -e crossattn_tiny --set model_path=$(DEMO)/seed-$(SEED)/base --set seed=$(SEED) \
+		--data_path $(DEMO)/seed-$(SEED)/processed_data/base -sb $(DEMO)/seed-$(SEED)/runs -r 1 \
+		--steps 800 --log_every 200
+	$(BIN)/python -m dssk.evaluation.evaluate --checkpoint $(DEMO)/seed-$(SEED)/runs \
+		--data_path $(DEMO)/seed-$(SEED)/processed_data/base --output $(DEMO)/scores.json
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n 2 --durations=15
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
