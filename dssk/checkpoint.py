@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dssk.errors import DamagedData, DsskError
-from dssk.files import write_json
+from dssk.files import publish_json
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from dssk.tokenizer import load_tokenizer
 
@@ -16,7 +16,7 @@ FINAL = "final"  # the fused model at the end of training, below a run's folder
 def finish_checkpoint(folder: Path) -> None:
     """Declare a checkpoint complete; until then it does not exist for resuming and evaluating."""
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    write_json(folder / MANIFEST, {"step": checkpoint_step(folder), "files": files})
+    publish_json(folder / MANIFEST, {"step": checkpoint_step(folder), "files": files})
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -36,7 +36,9 @@ def is_complete(folder: Path) -> bool:
 
 def latest_checkpoint(savedir: Path) -> Path | None:
     """The newest complete checkpoint of a run, by step."""
-    folders = sorted((f for f in savedir.glob("checkpoint-*") if checkpoint_step(f) >= 0), key=checkpoint_step)
+    folders = sorted(
+        (f for f in savedir.glob("checkpoint-*") if checkpoint_step(f) >= 0), key=checkpoint_step
+    )
     return next((folder for folder in reversed(folders) if is_complete(folder)), None)
 
 

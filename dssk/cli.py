@@ -52,12 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="override a key of the experiment; may be given several times",
     )
     where = parser.add_argument_group("where and how long")
-    where.add_argument("-sb", "--savedir_base", required=True, help="folder under which each experiment gets its own")
+    where.add_argument(
+        "-sb", "--savedir_base", required=True, help="folder under which each experiment gets its own"
+    )
     where.add_argument("--data_path", required=True, help="folder made by dssk/data/preproc_nq.py")
     where.add_argument(
-        "-r", "--reset", type=bool_flag, default=False, help="1: start afresh, moving what is there aside; 0: resume"
+        "-r",
+        "--reset",
+        type=bool_flag,
+        default=False,
+        help="1: start afresh, moving what is there aside; 0: resume",
     )
-    where.add_argument("--steps", type=positive_int, default=DEFAULT_STEPS, help="optimizer steps in all (%(default)s)")
+    where.add_argument(
+        "--steps", type=positive_int, default=DEFAULT_STEPS, help="optimizer steps in all (%(default)s)"
+    )
     where.add_argument(
         "--log_every",
         type=positive_int,
@@ -70,14 +78,27 @@ def build_parser() -> argparse.ArgumentParser:
     wandb.add_argument("--wandb_project_name", type=optional_str, help="project")
     wandb.add_argument("--wandb_run_name", type=optional_str, help="name of the run; optional")
     wandb.add_argument(
-        "--wandb_log_gradients", type=bool_flag, nargs="?", const=True, default=False, help="log gradient histograms"
+        "--wandb_log_gradients",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="log gradient histograms",
     )
     how = parser.add_argument_group("launchers")
-    how.add_argument("-j", "--j", "--job_scheduler", dest="job_scheduler", type=optional_str, help="toolkit or slurm")
-    how.add_argument("--python_binary", default="python", help="what starts a job; NGPUS becomes its number of GPUs")
+    how.add_argument(
+        "-j", "--j", "--job_scheduler", dest="job_scheduler", type=optional_str, help="toolkit or slurm"
+    )
+    how.add_argument(
+        "--python_binary", default="python", help="what starts a job; NGPUS becomes its number of GPUs"
+    )
     how.add_argument("--deepspeed", type=optional_str, help="DeepSpeed configuration file (JSON)")
-    how.add_argument("--dist_url", type=optional_str, help="rendezvous address, set by some launchers; not read")
-    how.add_argument("--local_rank", type=int, default=-1, help="set by launchers; the environment's value is used")
+    how.add_argument(
+        "--dist_url", type=optional_str, help="rendezvous address, set by some launchers; not read"
+    )
+    how.add_argument(
+        "--local_rank", type=int, default=-1, help="set by launchers; the environment's value is used"
+    )
     return parser
 
 

@@ -18,11 +18,19 @@ class ExperimentConfig(BaseModel):
 
     model_path: str = Field(min_length=1, description="base model, GPTBigCode: a folder or a name on the Hub")
 
-    num_cross_attn_layers: int = Field(ge=1, description="cross-attention blocks, counted back from the output")
-    cross_attn_layers_stride: int = Field(ge=1, description="decoder layers from one block to the next below it")
+    num_cross_attn_layers: int = Field(
+        ge=1, description="cross-attention blocks, counted back from the output"
+    )
+    cross_attn_layers_stride: int = Field(
+        ge=1, description="decoder layers from one block to the next below it"
+    )
     cross_attn_shared_weights: bool = Field(description="one set of weights for all blocks")
-    cross_attn_dropout_prob: float = Field(ge=0, lt=1, description="share of context tokens hidden in training")
-    cross_attn_final_layer: bool = Field(description="a block follows its decoder layer instead of preceding it")
+    cross_attn_dropout_prob: float = Field(
+        ge=0, lt=1, description="share of context tokens hidden in training"
+    )
+    cross_attn_final_layer: bool = Field(
+        description="a block follows its decoder layer instead of preceding it"
+    )
     cross_attn_shared_projections: bool = Field(description="queries and keys use one projection")
     cross_attn_hidden_size: int | None = Field(ge=1, description="width of the blocks; None: the decoder's")
     cross_attn_num_attention_heads: int | None = Field(ge=1, description="heads; None: the decoder's")
@@ -32,28 +40,36 @@ class ExperimentConfig(BaseModel):
     context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
     include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")
     do_repetition_augmentations: bool = Field(description="append 'repeat ...' tasks to questions")
-    loss_on: Literal["all", "answer"] = Field(description="labels of a question row: its whole text or its answer")
-    encode_online: bool = Field(description="encode contexts in the training step instead of reading them from disk")
+    loss_on: Literal["all", "answer"] = Field(
+        description="labels of a question row: its whole text or its answer"
+    )
+    encode_online: bool = Field(
+        description="encode contexts in the training step instead of reading them from disk"
+    )
 
     train_batch_size: int = Field(ge=1, description="rows per device and micro-batch")
     test_batch_size: int = Field(ge=1, description="rows per device in evaluation")
     skip_steps: int = Field(ge=1, description="micro-batches accumulated per optimizer step")
 
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "reduce_lr_on_plateau"] = Field(
-        description="learning rate over the steps"
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "reduce_lr_on_plateau"
+    ] = Field(description="learning rate over the steps")
     warmup_ratio: float = Field(ge=0, lt=1, description="share of the steps in which the learning rate rises")
     adam_beta1: float = Field(ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(ge=0, lt=1, description="decay of AdamW's second moment")
     adam_epsilon: float = Field(gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(gt=0, description="gradients are clipped to this norm")
-    label_smoothing_factor: float = Field(ge=0, lt=1, description="probability mass spread over the vocabulary")
+    label_smoothing_factor: float = Field(
+        ge=0, lt=1, description="probability mass spread over the vocabulary"
+    )
 
     fp16: bool = Field(description="mixed precision in float16 (GPU only)")
     bf16: bool = Field(description="mixed precision in bfloat16")
-    gradient_checkpointing: bool = Field(description="recompute activations in the backward pass: less memory")
+    gradient_checkpointing: bool = Field(
+        description="recompute activations in the backward pass: less memory"
+    )
     seed: int = Field(ge=0, description="of new weights, sample order and augmentations")
 
 

@@ -68,6 +68,11 @@ def publish_text(path: Path, text: str) -> str:
     return file.hexdigest()
 
 
+def publish_json(path: Path, value: Any) -> str:
+    """Write a whole JSON file at once, indented; returns its xxh3_128."""
+    return publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` (new, renamed, removed) survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -140,7 +145,11 @@ def lock(path: Path) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
             raise Locked(f"{path} is held by {holder}: wait for it to end, or stop it") from error
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
         yield

@@ -21,7 +21,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     except (OSError, ValueError) as error:
         raise DsskError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise DsskError(f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json")
+        raise DsskError(
+            f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         if PAD_TOKEN not in tokenizer.get_vocab():
             raise DsskError(

@@ -8,7 +8,9 @@ FIM_PROB = 0.5  # share of context rows that get the fill-in-the-middle transfor
 REPETITION_TASKS = ("question", "answer", "both", "context")
 
 
-def fill_in_the_middle(tokens: Sequence[int], rng: np.random.Generator, markers: tuple[int, int, int]) -> list[int]:
+def fill_in_the_middle(
+    tokens: Sequence[int], rng: np.random.Generator, markers: tuple[int, int, int]
+) -> list[int]:
     """Cut `tokens` at two places and move the middle to the end, as StarCoder was trained (suffix-prefix-middle).
 
     `markers` are the ids of `<fim_prefix>`, `<fim_middle>`, `<fim_suffix>`. No token is lost, three are added.

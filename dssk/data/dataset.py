@@ -24,7 +24,11 @@ class CrossAttnDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: ExperimentConfig, training: bool
+        self,
+        rows: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: ExperimentConfig,
+        training: bool,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
@@ -32,7 +36,9 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         self.training = training
         self.epoch = 0
         self.with_contexts = training and cfg.include_context_ids
-        self.fim_markers = tuple(tokenizer.convert_tokens_to_ids(list(FIM_TOKENS))) if self.with_contexts else None
+        self.fim_markers = (
+            tuple(tokenizer.convert_tokens_to_ids(list(FIM_TOKENS))) if self.with_contexts else None
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations; the training loop calls this."""

@@ -18,10 +18,15 @@ from dssk.flags import Parser, positive_int
 def main() -> None:
     parser = Parser(prog="python -m dssk.evaluation.answer", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
-    parser.add_argument("--context", required=True, help="text file (UTF-8) to answer from; - for standard input")
+    parser.add_argument(
+        "--context", required=True, help="text file (UTF-8) to answer from; - for standard input"
+    )
     parser.add_argument("--question", required=True, action="append", help="may be given several times")
     parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer, in tokens (%(default)s)"
+        "--max_new_tokens",
+        type=positive_int,
+        default=MAX_NEW_TOKENS,
+        help="longest answer, in tokens (%(default)s)",
     )
     args = parser.parse_args()
 
@@ -31,7 +36,9 @@ def main() -> None:
     tokens = tokenizer(prompts.context(text), add_special_tokens=False, return_tensors="pt")["input_ids"]
     longest = model.config.max_position_embeddings
     if tokens.shape[1] > longest:
-        print(f"dssk: the context has {tokens.shape[1]} tokens, the first {longest} are read", file=sys.stderr)
+        print(
+            f"dssk: the context has {tokens.shape[1]} tokens, the first {longest} are read", file=sys.stderr
+        )
     states, _ = model.encode(tokens[:, :longest].to(model.device))
     answers = generate_answers(
         model, tokenizer, args.question, lambda _: states[0], len(args.question), args.max_new_tokens

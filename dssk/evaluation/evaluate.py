@@ -20,7 +20,7 @@ from dssk.data.store import load_rows
 from dssk.errors import DsskError, run
 from dssk.evaluation.generate import MAX_NEW_TOKENS, Contexts, answer_nll, generate_answers
 from dssk.evaluation.metrics import answer_class, exact_match, f1
-from dssk.files import write_bytes, write_json
+from dssk.files import publish_json, publish_text
 from dssk.flags import Parser, positive_int
 
 CONTROLS = ("with_context", "no_context", "wrong_context")
@@ -81,7 +81,10 @@ def other_rows(contexts: Sequence[str]) -> list[int]:
     if len(set(contexts)) < 2:
         raise DsskError("all questions share one context: wrong_context needs at least two")
     count = len(contexts)
-    return [next(j % count for j in range(i + 1, i + count) if contexts[j % count] != contexts[i]) for i in range(count)]
+    return [
+        next(j % count for j in range(i + 1, i + count) if contexts[j % count] != contexts[i])
+        for i in range(count)
+    ]
 
 
 def sample(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -97,8 +100,12 @@ def table(scores: dict[str, Any]) -> str:
     for control in CONTROLS:
         row = scores[control]
         span = "-" if row["span_em"] is None else f"{row['span_em']:.3f}"
-        lines.append(f"{control:14} {row['em']:7.3f} {row['f1']:7.3f} {span:>8} {row['answer_nll']:11.3f} {row['n']:6}")
-    return "\n".join([*lines, f"gold answer likelier with its own context: {scores['right_beats_wrong']:.1%}"])
+        lines.append(
+            f"{control:14} {row['em']:7.3f} {row['f1']:7.3f} {span:>8} {row['answer_nll']:11.3f} {row['n']:6}"
+        )
+    return "\n".join(
+        [*lines, f"gold answer likelier with its own context: {scores['right_beats_wrong']:.1%}"]
+    )
 
 
 def main() -> None:
@@ -106,12 +113,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
     parser.add_argument("--data_path", required=True, help="folder made by dssk/data/preproc_nq.py")
     parser.add_argument("--split", default="val", help="split to score (%(default)s)")
-    parser.add_argument("--max_questions", type=positive_int, help="score this many questions, spread over the split")
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="questions at a time (%(default)s)")
     parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer, in tokens (%(default)s)"
+        "--max_questions", type=positive_int, help="score this many questions, spread over the split"
     )
-    parser.add_argument("--output", help="where scores go; predictions lie beside (scores.json in the checkpoint)")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=32, help="questions at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=positive_int,
+        default=MAX_NEW_TOKENS,
+        help="longest answer, in tokens (%(default)s)",
+    )
+    parser.add_argument(
+        "--output", help="where scores go; predictions lie beside (scores.json in the checkpoint)"
+    )
     args = parser.parse_args()
 
     folder = find_model(args.checkpoint)
@@ -126,8 +142,8 @@ def main() -> None:
     output = Path(args.output) if args.output else folder / "scores.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-    write_bytes(output.with_name("predictions.jsonl"), lines.encode())
-    write_json(output, scores)
+    publish_text(output.with_name("predictions.jsonl"), lines)
+    publish_json(output, scores)
     print(f"{table(scores)}\n{output}")
 
 

@@ -31,7 +31,7 @@ def generate_answers(
     for rows in _batches([len(ids) for ids in encoded], batch_size, "answering"):
         ids = [encoded[i] for i in rows]
         generated = model.generate(
-            pad_tokens(ids, tokenizer.pad_token_id, left=True).to(model.device),  # type: ignore[arg-type]
+            pad_tokens(ids, tokenizer.pad_token_id, left=True).to(model.device),
             attention_mask=length_mask([len(i) for i in ids], left=True).long().to(model.device),
             **_context_batch(model, contexts, rows),
             max_new_tokens=max_new_tokens,
@@ -57,13 +57,14 @@ def answer_nll(
     """Negative log-likelihood of each gold answer and its end of text, in nats a token, teacher-forced."""
     prompted = [tokenizer(prompts.question(q), add_special_tokens=False)["input_ids"] for q in questions]
     targets = [
-        [*tokenizer(prompts.answer(a), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for a in answers
+        [*tokenizer(prompts.answer(a), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for a in answers
     ]
     lengths = [len(p) + len(t) for p, t in zip(prompted, targets, strict=True)]
     losses = [0.0] * len(questions)
     for rows in _batches(lengths, batch_size, "scoring"):
         # Padded on the left all answers end together, so only the last positions need logits.
-        ids = pad_tokens([prompted[i] + targets[i] for i in rows], tokenizer.pad_token_id, left=True)  # type: ignore[arg-type]
+        ids = pad_tokens([prompted[i] + targets[i] for i in rows], tokenizer.pad_token_id, left=True)
         labels = pad_tokens([targets[i] for i in rows], IGNORED, left=True).to(model.device)
         mask = length_mask([lengths[i] for i in rows], left=True).to(model.device)
         logits = model(
@@ -81,7 +82,9 @@ def answer_nll(
     return losses
 
 
-def _context_batch(model: CrossAttnGPTBigCodeForCausalLM, contexts: Contexts, rows: list[int]) -> dict[str, Any]:
+def _context_batch(
+    model: CrossAttnGPTBigCodeForCausalLM, contexts: Contexts, rows: list[int]
+) -> dict[str, Any]:
     states = [state for state in map(contexts, rows) if state is not None]
     if not states:
         return {}

@@ -28,10 +28,12 @@ def load_base(
     """Load a base model frozen and in eval mode; `dtype="auto"` keeps the type its weights are stored in."""
     load_base_config(path, revision)
     try:
-        model = GPTBigCodeForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True)
+        model = GPTBigCodeForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True
+        )
     except OSError as error:
         raise DsskError(f"cannot load the weights of {path}: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return model.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

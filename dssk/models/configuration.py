@@ -59,7 +59,9 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
     def _check_layout(self) -> None:
         layers, stride = self.num_cross_attn_layers, self.cross_attn_layers_stride
         if layers < 1 or stride < 1:
-            raise ValueError(f"got {layers} cross-attention layers at stride {stride}, want at least 1 of each")
+            raise ValueError(
+                f"got {layers} cross-attention layers at stride {stride}, want at least 1 of each"
+            )
         needed = stride * (layers - 1) + 1
         if needed > self.n_layer:
             raise ValueError(

@@ -98,7 +98,9 @@ class CrossAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         if mask is not None and "flash" in (implementation or ""):
-            implementation = "sdpa"  # flash kernels take no mask over keys apart from the queries' own padding
+            implementation = (
+                "sdpa"  # flash kernels take no mask over keys apart from the queries' own padding
+            )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, weights = attend(
             self,
@@ -133,7 +135,9 @@ def attention_mask(mask: torch.Tensor | None, implementation: str | None, querie
             device=mask.device,
         )
     blocked = torch.finfo(queries.dtype).min
-    return torch.zeros(mask.shape, dtype=queries.dtype, device=mask.device).masked_fill(~mask, blocked)[:, None, None]
+    return torch.zeros(mask.shape, dtype=queries.dtype, device=mask.device).masked_fill(~mask, blocked)[
+        :, None, None
+    ]
 
 
 class CrossAttnMLP(nn.Module):

@@ -166,7 +166,7 @@ def structured_init_(model: GPTBigCodeForCausalLM, generator: torch.Generator) -
 def make_documents(
     pages: list[Page], tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Each page as token ids: its paragraph, then its questions with their answers, as the decoder reads them.
+    """Each page as token ids: its paragraph, then its questions with their answers, as the decoder reads it.
 
     Half of the documents say their paragraph twice, since repeating is what cross-attention builds on; a
     tenth leaves it out, since questions come without their context later. All are cut to `max_tokens`.
@@ -233,7 +233,7 @@ def _batches(
 
 
 def read_pages(path: Path) -> list[Page]:
-    """The paragraphs of a JSONL(.gz) file with `context`, `question` and `answer` (or `answers.text`) a line."""
+    """The paragraphs of a JSONL(.gz) file of `context`, `question`, `answer` (or `answers.text`) a line."""
     pages: dict[str, list[tuple[str, str]]] = {}
     opened = gzip.open if path.suffix == ".gz" else open
     try:

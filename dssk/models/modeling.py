@@ -48,7 +48,9 @@ def is_cross_attn(name: str) -> bool:
 class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
     """A decoder block that reads the context before (or after) its own work."""
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig, layer_idx: int, cross_attn: CrossAttnBlock, index: int):
+    def __init__(
+        self, config: CrossAttnGPTBigCodeConfig, layer_idx: int, cross_attn: CrossAttnBlock, index: int
+    ):
         super().__init__(config, layer_idx)
         # In a tuple the block is not registered a second time: its weights have one name, shared or not.
         self._cross_attn = (cross_attn,)
@@ -85,10 +87,11 @@ class CrossAttnGPTBigCodeModel(GPTBigCodeModel):
         super().__init__(config)
         layers = config.cross_attn_layers
         distinct = 1 if config.cross_attn_shared_weights else len(layers)
-        self.cross_attn = nn.ModuleList(CrossAttnBlock(config) for _ in range(distinct))
+        blocks = [CrossAttnBlock(config) for _ in range(distinct)]
+        self.cross_attn = nn.ModuleList(blocks)
         for number, layer_idx in enumerate(layers):
             index = number % distinct
-            self.h[layer_idx] = CrossAttnGPTBigCodeBlock(config, layer_idx, self.cross_attn[index], index)
+            self.h[layer_idx] = CrossAttnGPTBigCodeBlock(config, layer_idx, blocks[index], index)
         self.post_init()
 
     @torch.no_grad()
@@ -144,7 +147,7 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         return cls._load_base(base, config, revision=revision, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any):  # type: ignore[override]
+    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any):
         """Load a fused model, or cross-attention weights alone together with the base model they name.
 
         `base_model` (a folder or a Hub name) overrides where the base is looked for.
@@ -152,7 +155,9 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         base = kwargs.pop("base_model", None)
         config = kwargs.pop("config", None)
         if not isinstance(config, CrossAttnGPTBigCodeConfig):
-            hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+            hub = {
+                k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+            }
             config = CrossAttnGPTBigCodeConfig.from_pretrained(path, **hub)
         if config.cross_attn_only:
             revision = kwargs.pop("revision", None)
@@ -169,13 +174,17 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         return (model, info) if with_info else model
 
     @classmethod
-    def _load_base(cls, base, config: CrossAttnGPTBigCodeConfig, **kwargs: Any) -> "CrossAttnGPTBigCodeForCausalLM":
+    def _load_base(
+        cls, base, config: CrossAttnGPTBigCodeConfig, **kwargs: Any
+    ) -> "CrossAttnGPTBigCodeForCausalLM":
         """Base weights under their own names; exactly the cross-attention weights are new."""
         with _quiet_load_report():  # checked below, more strictly
             model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)
         expected = {name for name, _ in model.named_parameters() if is_cross_attn(name)}
         if strange := (set(info["missing_keys"]) ^ expected) | set(info["unexpected_keys"]):
-            raise ValueError(f"{base} is not a plain GPTBigCode checkpoint: {len(strange)} keys, {sorted(strange)[0]}")
+            raise ValueError(
+                f"{base} is not a plain GPTBigCode checkpoint: {len(strange)} keys, {sorted(strange)[0]}"
+            )
         model.freeze_base()
         return model
 
@@ -185,12 +194,16 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights]
         wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
         if wrong:
-            raise ValueError(f"cross-attention weights of another architecture: {len(wrong)} differ, {sorted(wrong)[0]}")
+            raise ValueError(
+                f"cross-attention weights of another architecture: {len(wrong)} differ, {sorted(wrong)[0]}"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
 
-    def save_pretrained(self, save_directory, *args: Any, cross_attn_only: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(
+        self, save_directory, *args: Any, cross_attn_only: bool = False, **kwargs: Any
+    ) -> None:
         """Save the fused model, or with `cross_attn_only` the new weights and the name of their base: megabytes."""
         if cross_attn_only:
             state_dict = kwargs.get("state_dict") or self.state_dict()
@@ -229,7 +242,9 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
     def print_trainable_parameters(self) -> None:
         """One line, as in PEFT."""
         trainable, total = self.trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     @torch.no_grad()
     def encode(
@@ -250,16 +265,18 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         if self.training and self.config.cross_attn_dropout_prob > 0:
             if mask is None:
-                mask = torch.ones(encoder_hidden_states.shape[:2], dtype=torch.bool, device=encoder_hidden_states.device)
+                mask = torch.ones(
+                    encoder_hidden_states.shape[:2], dtype=torch.bool, device=encoder_hidden_states.device
+                )
             mask = hide_tokens(mask, self.config.cross_attn_dropout_prob)
         elif mask is not None and not self.training and bool(mask.all()):
             mask = None  # attention without a mask takes the faster kernels
-        blocks = self.transformer.cross_attn
+        blocks: Any = self.transformer.cross_attn
         states = encoder_hidden_states.to(blocks[0].ln_1.weight)
         keys, values = zip(*(block.attn.project_context(states) for block in blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(states.device))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         past_key_values=None,
@@ -308,7 +325,9 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
             return super().forward(input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
         outputs = self.transformer(input_ids, use_cache=bool(use_cache) and not self.training, **inputs)
         hidden_states = outputs.last_hidden_state
-        loss = next_token_loss(hidden_states, self.lm_head.weight, labels, num_items_in_batch, label_smoothing)
+        loss = next_token_loss(
+            hidden_states, self.lm_head.weight, labels, num_items_in_batch, label_smoothing
+        )
         skip_logits = self.training if skip_logits is None else skip_logits
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
@@ -346,7 +365,9 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         if context_input_ids is not None:
             if encoder_hidden_states is not None:
                 raise ValueError("got encoder_hidden_states and context_input_ids, want one of them")
-            encoder_hidden_states, encoder_attention_mask = self.encode(context_input_ids, context_attention_mask)
+            encoder_hidden_states, encoder_attention_mask = self.encode(
+                context_input_ids, context_attention_mask
+            )
         if encoder_hidden_states is None:
             return None
         return self.project_context(encoder_hidden_states, encoder_attention_mask)

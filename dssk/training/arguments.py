@@ -17,7 +17,9 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
     """The arguments of transformers' `Trainer` for one experiment and one call of `trainval.py`."""
     on_gpu = torch.cuda.is_available()
     if cfg.fp16 and not on_gpu:
-        raise DsskError("fp16 is true and there is no GPU: use --set fp16=false (--set bf16=true works on a CPU)")
+        raise DsskError(
+            "fp16 is true and there is no GPU: use --set fp16=false (--set bf16=true works on a CPU)"
+        )
     if cfg.bf16 and on_gpu and not torch.cuda.is_bf16_supported():
         raise DsskError("bf16 is true and this GPU has no bfloat16: use --set bf16=false --set fp16=true")
     return TrainingArguments(

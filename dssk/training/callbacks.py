@@ -27,4 +27,6 @@ class StopOnNaN(TrainerCallback):
         for name in ("loss", "eval_loss"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
-                raise Diverged(f"{name} is {value} at step {state.global_step}: lower the learning rate, or use bf16")
+                raise Diverged(
+                    f"{name} is {value} at step {state.global_step}: lower the learning rate, or use bf16"
+                )

@@ -20,7 +20,7 @@ from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
 from dssk.data.store import check_model, load_manifest, load_rows
 from dssk.errors import DamagedData, DsskError
-from dssk.files import write_json
+from dssk.files import publish_json
 from dssk.flags import nearest
 from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
@@ -90,7 +90,9 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> None:
     except ValueError as error:
         raise DsskError(f"experiment: {error}") from None
     if cfg.context_size > base.n_positions:
-        raise DsskError(f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {base.n_positions} tokens")
+        raise DsskError(
+            f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {base.n_positions} tokens"
+        )
 
 
 def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def build_trainer(
         args=arguments,
         train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, training=True),
         eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, training=False),
-        data_collator=Collator(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[MetricsFile(), StopOnNaN()],
         label_smoothing=cfg.label_smoothing_factor,
@@ -133,12 +135,16 @@ def open_savedir(savedir: Path, exp_dict: dict[str, Any], reset: bool) -> None:
             return
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if reset and not restarted and savedir.exists():
-            aside = savedir.parent / "deleted" / f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            aside = (
+                savedir.parent
+                / "deleted"
+                / f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+            )
             number = len(list(aside.parent.glob(f"{aside.name}*")))
             aside.parent.mkdir(exist_ok=True)
             savedir.rename(aside if not number else aside.with_name(f"{aside.name}-{number}"))
         savedir.mkdir(parents=True, exist_ok=True)
-        write_json(savedir / EXP_DICT, exp_dict)
+        publish_json(savedir / EXP_DICT, exp_dict)
 
 
 def save_final(trainer: CrossAttnTrainer, folder: Path) -> None:
@@ -146,7 +152,7 @@ def save_final(trainer: CrossAttnTrainer, folder: Path) -> None:
     if trainer.args.should_save:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        trainer.processing_class.save_pretrained(folder)
     say(f"the fused model is in {folder}")
 
 
@@ -169,4 +175,3 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING)
-

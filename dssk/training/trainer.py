@@ -19,7 +19,9 @@ class CrossAttnTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Trainer's own smoother does not shift the labels of models it does not know.
         smoothing = self.label_smoothing if model.training else 0.0
-        return super().compute_loss(model, {**inputs, "label_smoothing": smoothing, "skip_logits": True}, *args, **kwargs)
+        return super().compute_loss(
+            model, {**inputs, "label_smoothing": smoothing, "skip_logits": True}, *args, **kwargs
+        )
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Write weights, configuration and tokenizer; not the pickled arguments, whose content we keep as JSON."""

@@ -11,7 +11,12 @@ def config(**fields) -> CrossAttnGPTBigCodeConfig:
 
 @pytest.mark.parametrize(
     ("num_layers", "stride", "expected"),
-    [(6, 6, [35, 29, 23, 17, 11, 5]), (1, 9, [35]), (36, 1, list(range(35, -1, -1))), (8, 4, list(range(35, 4, -4)))],
+    [
+        (6, 6, [35, 29, 23, 17, 11, 5]),
+        (1, 9, [35]),
+        (36, 1, list(range(35, -1, -1))),
+        (8, 4, list(range(35, 4, -4))),
+    ],
 )
 def test_the_stride_counts_back_from_the_last_layer(num_layers, stride, expected):
     layers = config(num_cross_attn_layers=num_layers, cross_attn_layers_stride=stride).cross_attn_layers

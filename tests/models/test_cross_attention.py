@@ -35,7 +35,9 @@ def reference(ours: CrossAttention, hidden, states, mask=None):
         theirs.in_proj_bias.zero_()
         theirs.out_proj.weight.copy_(torch.eye(width))
         theirs.out_proj.bias.zero_()
-    out, weights = theirs(q, k, v, key_padding_mask=None if mask is None else ~mask, average_attn_weights=False)
+    out, weights = theirs(
+        q, k, v, key_padding_mask=None if mask is None else ~mask, average_attn_weights=False
+    )
     return ours.c_proj(out), weights
 
 
@@ -101,12 +103,17 @@ def test_a_fully_masked_context_gives_the_same_finite_output_in_every_implementa
 def test_padding_and_permuting_context_tokens_change_nothing(seed, length, padding):
     generator = torch.Generator().manual_seed(seed)
     ours = attention()
-    hidden, states = torch.randn(2, 3, 32, generator=generator), torch.randn(2, length, 32, generator=generator)
+    hidden, states = (
+        torch.randn(2, 3, 32, generator=generator),
+        torch.randn(2, length, 32, generator=generator),
+    )
     plain, _ = ours(hidden, *ours.project_context(states))
     order = torch.randperm(length + padding, generator=generator)
     padded = torch.cat([states, 100 * torch.randn(2, padding, 32, generator=generator)], 1)[:, order]
     mask = (torch.arange(length + padding) < length).expand(2, -1)[:, order]
-    torch.testing.assert_close(ours(hidden, *ours.project_context(padded), mask)[0], plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(hidden, *ours.project_context(padded), mask)[0], plain, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_flash_attention_gets_no_mask_and_a_masked_context_goes_through_sdpa(monkeypatch):
@@ -116,7 +123,9 @@ def test_flash_attention_gets_no_mask_and_a_masked_context_goes_through_sdpa(mon
 
     def flash(module, query, key, value, mask, scaling, dropout):
         seen.append(mask)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, dropout=dropout)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, mask, scaling=scaling, dropout=dropout
+        )
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
     ours = attention()

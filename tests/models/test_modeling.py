@@ -14,10 +14,17 @@ from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, hide_tokens, is
 from tests.conftest import fused, make_base
 
 LAYOUTS = [
-    {"cross_attn_shared_weights": shared, "cross_attn_shared_projections": projections, "cross_attn_final_layer": final}
+    {
+        "cross_attn_shared_weights": shared,
+        "cross_attn_shared_projections": projections,
+        "cross_attn_final_layer": final,
+    }
     for shared, projections, final in itertools.product([False, True], repeat=3)
 ]
-LAYOUTS += [{"cross_attn_num_key_value_heads": 1}, {"cross_attn_hidden_size": 16, "cross_attn_num_attention_heads": 2}]
+LAYOUTS += [
+    {"cross_attn_num_key_value_heads": 1},
+    {"cross_attn_hidden_size": 16, "cross_attn_num_attention_heads": 2},
+]
 
 
 def context(model, tokens, rows: int = 2, length: int = 9):
@@ -64,7 +71,9 @@ def test_new_weights_have_the_initial_spread_of_the_configuration(tmp_path):
     linear = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linear) == 2 * 6
     for module in linear:
-        assert module.weight.std().item() == pytest.approx(0.0176, abs=0.001)  # normal cut off at two deviations
+        assert module.weight.std().item() == pytest.approx(
+            0.0176, abs=0.001
+        )  # normal cut off at two deviations
         assert module.weight.abs().max() <= 0.04
         assert not module.bias.any()
     zeros = fused(tmp_path, cross_attn_init="zero").transformer.cross_attn
@@ -73,7 +82,9 @@ def test_new_weights_have_the_initial_spread_of_the_configuration(tmp_path):
 
 
 def test_a_base_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     with pytest.raises(ValueError, match="want gpt_bigcode"):
         CrossAttnGPTBigCodeForCausalLM.from_base(tmp_path)
 
@@ -95,7 +106,9 @@ def test_every_new_parameter_gets_a_gradient_and_no_frozen_one_does(base_path, t
     trainable = {name for name, _ in model.named_parameters() if is_cross_attn(name)}
     assert found.keys() == trainable
     for name, gradient in found.items():
-        assert gradient.abs().sum() > 0 or name.endswith("k_attn.bias"), name  # softmax ignores a shift of all keys
+        assert gradient.abs().sum() > 0 or name.endswith("k_attn.bias"), (
+            name
+        )  # softmax ignores a shift of all keys
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
@@ -168,7 +181,9 @@ def test_hiding_tokens_only_ever_hides_visible_ones_and_never_all_of_a_row(seed,
 
 def test_the_share_of_hidden_tokens_is_the_probability_asked_for():
     torch.manual_seed(0)
-    assert (~hide_tokens(torch.ones(50, 1000, dtype=torch.bool), 0.3)).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert (~hide_tokens(torch.ones(50, 1000, dtype=torch.bool), 0.3)).float().mean() == pytest.approx(
+        0.3, abs=0.01
+    )
 
 
 def test_context_dropout_acts_in_training_only(base_path, tokens):
@@ -184,7 +199,9 @@ def test_contexts_given_as_tokens_are_encoded_by_the_base(base_path, tokens):
     context_ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     states, states_mask = model.encode(context_ids, mask)
     stored = model(ids, encoder_hidden_states=states, encoder_attention_mask=states_mask)
-    online = model.train()(ids, labels=ids, context_input_ids=context_ids, context_attention_mask=mask, skip_logits=False)
+    online = model.train()(
+        ids, labels=ids, context_input_ids=context_ids, context_attention_mask=mask, skip_logits=False
+    )
     assert torch.equal(online.logits, stored.logits)
     with pytest.raises(ValueError, match="want one of them"):
         model(ids, encoder_hidden_states=states, context_input_ids=context_ids)
@@ -205,7 +222,9 @@ def argmax_loop(model, ids, new_tokens, **inputs):
 def test_cached_greedy_generation_equals_an_uncached_loop(base_path, tokens, fields, implementation):
     model = fused(base_path, attn_implementation=implementation, **fields)
     ids, inputs = tokens(2, 6), context(model, tokens)
-    generated = model.generate(ids, **inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=4)
+    generated = model.generate(
+        ids, **inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=4
+    )
     assert torch.equal(generated, argmax_loop(model, ids, 10, **inputs))
 
 
@@ -224,16 +243,26 @@ def test_beams_and_samples_with_caches_equal_those_without(base_path, tokens, ho
     sequences = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        sequences.append(model.generate(ids, **inputs, max_new_tokens=8, use_cache=use_cache, pad_token_id=4, **how))
+        sequences.append(
+            model.generate(ids, **inputs, max_new_tokens=8, use_cache=use_cache, pad_token_id=4, **how)
+        )
     assert torch.equal(*sequences)
 
 
 def test_beams_of_two_contexts_equal_beams_one_by_one(base_path, tokens):
     model = fused(base_path)
     ids, inputs = tokens(2, 6), context(model, tokens)
-    how = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 4}
+    how = {
+        "num_beams": 4,
+        "num_return_sequences": 2,
+        "max_new_tokens": 8,
+        "eos_token_id": None,
+        "pad_token_id": 4,
+    }
     together = model.generate(ids, **inputs, **how)
-    alone = [model.generate(ids[i : i + 1], **{k: v[i : i + 1] for k, v in inputs.items()}, **how) for i in (0, 1)]
+    alone = [
+        model.generate(ids[i : i + 1], **{k: v[i : i + 1] for k, v in inputs.items()}, **how) for i in (0, 1)
+    ]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -297,7 +326,10 @@ def test_stepping_by_hand_with_a_cache_equals_one_pass(base_path, tokens):
     projected = model.project_context(*model.encode(tokens(2, 9)))
     whole = model(ids, context=projected).logits
     cache = DynamicCache(config=model.config)
-    steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, context=projected).logits for i in range(8)]
+    steps = [
+        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, context=projected).logits
+        for i in range(8)
+    ]
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -326,7 +358,9 @@ def test_a_saved_model_reloads_to_bit_equal_logits(base_path, tokens, tmp_path, 
     assert type(loaded) is CrossAttnGPTBigCodeForCausalLM
     assert torch.equal(loaded(ids, **inputs).logits, model(ids, **inputs).logits)
     assert len(loaded.transformer.cross_attn) == len(model.transformer.cross_attn)
-    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(filter(is_cross_attn, model.state_dict()))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(
+        filter(is_cross_attn, model.state_dict())
+    )
 
 
 def test_cross_attention_weights_are_saved_alone_and_once(base_path, tmp_path):
@@ -405,7 +439,10 @@ def test_parameters_are_counted_as_peft_does(base_path, base, capsys):
     assert model.num_parameters(only_trainable=True) == trainable
     assert model.num_parameters() == trainable + base.num_parameters()
     model.print_trainable_parameters()
-    assert f"trainable params: {trainable:,} || all params: {trainable + base.num_parameters():,}" in capsys.readouterr().out
+    assert (
+        f"trainable params: {trainable:,} || all params: {trainable + base.num_parameters():,}"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_deep_copy_keeps_shared_blocks_shared(base_path):
