@@ -1,0 +1,312 @@
+"""Encoding contexts with the frozen model, shard by shard, on one device or several.
+
+A shard's bytes depend on its rows and the settings only: batches are formed inside a shard, and on a CPU every
+worker computes on one thread, because the order of additions, and with it the last bit, depends on both.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.process
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+from transformers import GPTBigCodeForCausalLM
+
+from dssk import files
+from dssk.data import plan as planning
+from dssk.data import store
+from dssk.data.plan import Plan, PlannedShard
+from dssk.errors import Diverged, DsskError, EnvironmentFault
+from dssk.models.base import encode, load_base
+
+_PAD_ID = 0  # padding is masked, so any token does
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; travels to it as a pickle."""
+
+    folder: Path
+    plan: Plan
+    model_path: str
+    revision: str | None
+    model_dtype: torch.dtype
+    batch_size: int
+    """Most contexts in a batch."""
+    batch_tokens: int
+    """Most tokens in a batch, padding included; one longer context is a batch of its own."""
+
+    @property
+    def storage_dtype(self) -> store.StorageDtype:
+        return cast(store.StorageDtype, self.plan.settings.storage_dtype)
+
+    def path(self, index: int, suffix: str) -> Path:
+        """File of shard `index`; `suffix` is `.arrow` or `.json`."""
+        return self.folder / store.CONTEXTS / (store.shard_name(index, len(self.plan.shards)) + suffix)
+
+    def shard_bytes(self, shard: PlannedShard) -> int:
+        """About the size of a shard's Arrow file, texts left out."""
+        return store.encoding_bytes(self.storage_dtype, self.plan.settings.hidden_size) * shard.tokens
+
+    def missing(self) -> list[int]:
+        """The shards that are still to be encoded."""
+        return [index for index, shard in enumerate(self.plan.shards) if not self._is_done(index, shard)]
+
+    def _is_done(self, index: int, shard: PlannedShard) -> bool:
+        info = store.load_shard_info(self.path(index, ".json"))
+        arrow = self.path(index, ".arrow")
+        return (
+            info is not None
+            and info.key == shard.key
+            and arrow.is_file()
+            and arrow.stat().st_size == info.num_bytes
+        )
+
+
+# --- all shards ------------------------------------------------------------------------------------------------
+
+
+def encode_shards(job: Job, shards: list[int], num_proc: int, device_index: int = 0) -> None:
+    """Encode `shards` in this process, or with `num_proc` spawned ones, process p on device p."""
+    total = sum(job.plan.shards[index].tokens for index in shards)
+    with tqdm(total=total, desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
+        if num_proc == 1 or len(shards) == 1:
+            model = load_model(job, device_index)
+            with one_thread(model.device):
+                for index in shards:
+                    encode_shard(job, index, model, bar.update)
+        else:
+            _encode_in_processes(job, shards, min(num_proc, len(shards)), bar.update)
+
+
+def load_model(job: Job, device_index: int) -> GPTBigCodeForCausalLM:
+    device = f"cuda:{device_index}" if torch.cuda.is_available() else "cpu"
+    return load_base(job.model_path, job.revision, dtype=job.model_dtype, device=device)
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Compute on one CPU thread inside the block; a GPU does not mind."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _encode_in_processes(
+    job: Job, shards: list[int], num_proc: int, progress: Callable[[int], object]
+) -> None:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    todo = iter(shards)
+    workers: dict[Connection, _Worker] = {}
+    try:
+        for rank in range(num_proc):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(job, rank, theirs), name=f"encoder {rank}", daemon=True
+            )
+            process.start()
+            theirs.close()
+            workers[ours] = _Worker(process)
+            workers[ours].next_shard(ours, todo)
+        while workers:
+            for ours in cast(list[Connection], wait(list(workers))):
+                worker = workers[ours]
+                try:
+                    message = ours.recv()
+                except EOFError:
+                    raise worker.lost(job) from None
+                if isinstance(message, DsskError):
+                    raise message
+                if message != _DONE:
+                    progress(message)
+                elif not worker.next_shard(ours, todo):
+                    worker.process.join()
+                    del workers[ours]
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.join()
+
+
+_DONE = "done"
+
+
+class _Worker:
+    """A process and the shard it is at."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess):
+        self.process = process
+        self.shard: int | None = None
+
+    def next_shard(self, connection: Connection, todo: Iterator[int]) -> bool:
+        """Hand out the next shard, or tell the worker to end if there is none."""
+        self.shard = next(todo, None)
+        connection.send(self.shard)
+        return self.shard is not None
+
+    def lost(self, job: Job) -> EnvironmentFault:
+        self.process.join()
+        code = self.process.exitcode or 0
+        shard = job.plan.shards[self.shard or 0]
+        how = (
+            f"was killed by signal {-code} (likely out of memory)"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
+        return EnvironmentFault(
+            f"{self.process.name} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}: all other "
+            "finished shards are kept, start the same command again to go on"
+        )
+
+
+def _work(job: Job, rank: int, connection: Connection) -> None:
+    """A worker's life: take shard numbers until there are no more. It never outlives its parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    try:
+        model = load_model(job, rank)
+        with one_thread(model.device):
+            while (index := connection.recv()) is not None:
+                encode_shard(job, index, model, connection.send)
+                connection.send(_DONE)
+    except DsskError as error:
+        connection.send(error)
+
+
+# --- one shard -------------------------------------------------------------------------------------------------
+
+
+def encode_shard(
+    job: Job, index: int, model: GPTBigCodeForCausalLM, progress: Callable[[int], object]
+) -> None:
+    """Encode and publish one shard, writing each batch while the next one is computed."""
+    shard = job.plan.shards[index]
+    arrow = job.path(index, ".arrow")
+    files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
+    schema = store.context_features(job.storage_dtype).arrow_schema
+    encoder = _Encoder(job, model)
+    with (
+        files.publish(arrow) as file,
+        ThreadPoolExecutor(1) as pool,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        written: Future | None = None
+        for batch in _batches(job, index):
+            record = encoder.record(batch, schema)
+            if written:
+                written.result()
+            written = pool.submit(writer.write_batch, record)
+            progress(sum(map(len, batch.input_ids)))
+        if written:
+            written.result()
+    info = store.ShardInfo(
+        key=shard.key,
+        first_row=shard.first_row,
+        rows=shard.rows,
+        tokens=shard.tokens,
+        num_bytes=file.num_bytes,
+        xxh3_128=file.hexdigest(),
+        batch_size=job.batch_size,
+        batch_tokens=job.batch_tokens,
+        out_of_memory_splits=encoder.out_of_memory_splits,
+    )
+    files.publish_text(job.path(index, ".json"), info.model_dump_json(indent=1) + "\n")
+
+
+class _Batch(NamedTuple):
+    first_row: int
+    contexts: list[str]
+    input_ids: list[list[int]]
+
+
+def _batches(job: Job, index: int) -> Iterator[_Batch]:
+    """The contexts of a shard, longest first, cut into batches."""
+    rows = planning.shard_tokens(job.folder, index)
+    contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
+    start = 0
+    while start < len(input_ids):
+        # the first is the longest, so it decides the padded size
+        end = start + max(1, min(job.batch_size, job.batch_tokens // len(input_ids[start])))
+        yield _Batch(job.plan.shards[index].first_row + start, contexts[start:end], input_ids[start:end])
+        start = end
+
+
+class _Encoder:
+    """Turns batches into record batches of a store."""
+
+    def __init__(self, job: Job, model: GPTBigCodeForCausalLM):
+        self._storage_dtype = job.storage_dtype
+        self._model = model
+        self.out_of_memory_splits = 0
+
+    def record(self, batch: _Batch, schema: pa.Schema) -> pa.RecordBatch:
+        """The rows of `batch` with their encodings, in the columns of `schema`."""
+        lengths = np.array([len(ids) for ids in batch.input_ids])
+        states, scale = store.quantize(self._states(batch), self._storage_dtype)
+        check = states if scale is None else scale
+        if not check.isfinite().all():
+            first_bad = int((~check.view(len(check), -1).isfinite().all(dim=1)).nonzero()[0])
+            row = int(np.searchsorted(np.cumsum(lengths), first_bad, side="right"))
+            raise Diverged(
+                f"context {batch.first_row + row} ({batch.contexts[row][:40]!r}) encodes to NaN or infinity as "
+                f"{self._storage_dtype}: try --dtype fp32, --storage_dtype fp32, or mend the model"
+            )
+        columns = [
+            pa.array(batch.contexts, pa.string()),
+            pa.array(lengths, pa.int32()),
+            _binary(states, lengths),
+        ]
+        if scale is not None:
+            columns.append(_binary(scale, lengths))
+        return pa.record_batch(columns, schema=schema)
+
+    def _states(self, batch: _Batch) -> torch.Tensor:
+        """The states of all tokens of the batch, one context after the other: (tokens, hidden_size)."""
+        try:
+            return self._forward(batch.input_ids)
+        except torch.OutOfMemoryError as error:
+            if len(batch.input_ids) == 1:
+                raise EnvironmentFault(
+                    f"out of memory on context {batch.first_row} alone, {len(batch.input_ids[0])} tokens: lower "
+                    "--maximum_input_length, pass --dtype bf16, or take a device with more memory"
+                ) from error
+        self.out_of_memory_splits += 1
+        torch.cuda.empty_cache()
+        half = len(batch.input_ids) // 2
+        first = _Batch(batch.first_row, batch.contexts[:half], batch.input_ids[:half])
+        second = _Batch(batch.first_row + half, batch.contexts[half:], batch.input_ids[half:])
+        return torch.cat([self._states(first), self._states(second)])
+
+    def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
+        lengths = torch.tensor([len(ids) for ids in input_ids])
+        longest = int(lengths.max())
+        padded = torch.tensor([ids + [_PAD_ID] * (longest - len(ids)) for ids in input_ids])
+        mask = torch.arange(longest) < lengths[:, None]  # (B, S)
+        device = self._model.device
+        states = encode(self._model, padded.to(device), mask.to(device))  # (B, S, hidden_size)
+        return states[mask.to(device)]
+
+
+def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:
+    """Rows of `values` (tokens, ...), `lengths` of them to each entry, as a large_binary array without a copy."""
+    data = values.contiguous().cpu().flatten().view(torch.uint8).numpy()
+    row_bytes = len(data) // len(values)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]) * row_bytes
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+    )

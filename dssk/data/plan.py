@@ -1,0 +1,316 @@
+"""From raw rows to a plan: the question tables, and every distinct context as tokens, cut into fixed shards.
+
+Two passes keep memory flat. The first reads the source once and stages sound rows on the disk. The second divides
+train from val, drops what is double, and numbers the contexts. Inside a shard contexts are ordered by length, longest
+first, so that batches of consecutive rows need little padding and the worst case for memory comes first.
+"""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dssk import files, prompts
+from dssk.data import sources, store
+from dssk.errors import DsskError
+
+STAGING = ".staging"
+PLAN = "plan.json"
+CONTEXT_TOKENS = "contexts.arrow"
+HISTOGRAM_BINS = 64
+
+_BATCH_ROWS = 1000
+_SHOWN_BAD_ROWS = 5
+_ROW_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("id", "document", "context", "question")]
+    + [("answers", pa.list_(pa.string()))]
+)
+_CONTEXT_SCHEMA = pa.schema([("context", pa.string()), ("input_ids", pa.list_(pa.int32()))])
+
+
+class PlannedShard(store.Strict):
+    """What a shard will hold; `key` as in `store.ShardInfo`."""
+
+    key: str
+    first_row: int
+    rows: int
+    tokens: int
+
+
+class Plan(store.Strict):
+    """A store whose texts are complete and whose contexts are still to be encoded."""
+
+    settings: store.Settings
+    counts: store.Counts
+    shards: list[PlannedShard]
+
+
+class Tally:
+    """Counts of what happens to rows on their way."""
+
+    def __init__(self, max_bad_rows: int):
+        self.read = 0
+        self.dropped: Counter[str] = Counter()
+        self.bad_rows: list[str] = []
+        self.max_bad_rows = max_bad_rows
+
+    def check(self, name: str) -> None:
+        """Raise `DsskError` if more rows than allowed were malformed."""
+        if len(self.bad_rows) > self.max_bad_rows:
+            shown = "; ".join(self.bad_rows[:_SHOWN_BAD_ROWS])
+            more = "; ..." if len(self.bad_rows) > _SHOWN_BAD_ROWS else ""
+            raise DsskError(
+                f"{len(self.bad_rows)} of {self.read} rows of {name} cannot be used: {shown}{more}: mend them or pass "
+                f"--skip_bad_rows {len(self.bad_rows)}"
+            )
+
+
+def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -> list[list[int]]:
+    """The tokens of contexts as they are encoded: no BOS, no EOS, not yet cut to a maximum length."""
+    texts = [prompts.context(text) for text in contexts]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+# --- first pass: stage sound rows -------------------------------------------------------------------------------
+
+
+def stage_rows(path: Path, rows: Iterable[sources.RawRow], max_examples: int | None, tally: Tally) -> None:
+    """Write the usable rows, at most `max_examples`, to the Arrow file `path`."""
+    store.write_table(path, _ROW_SCHEMA, _batches(_usable(rows, max_examples, tally), _ROW_SCHEMA))
+
+
+def _usable(rows: Iterable[sources.RawRow], max_examples: int | None, tally: Tally) -> Iterator[tuple]:
+    num_usable = 0
+    for row in tqdm(rows, desc="reading", unit=" rows", disable=None, mininterval=1):
+        tally.read += 1
+        try:
+            qa = sources.to_qa(row)
+        except sources.BadRow as error:
+            tally.bad_rows.append(f"{row.place}: {error}")
+        except sources.Dropped as error:
+            tally.dropped[str(error)] += 1
+        else:
+            yield qa
+            num_usable += 1
+            if num_usable == max_examples:
+                return
+
+
+def _batches(
+    rows: Iterable[tuple], schema: pa.Schema, batch_rows: int = _BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows, tuples in the order of `schema`, as record batches."""
+    open_rows: list[tuple] = []
+    for row in rows:
+        open_rows.append(row)
+        if len(open_rows) == batch_rows:
+            yield _record_batch(open_rows, schema)
+            open_rows = []
+    if open_rows:
+        yield _record_batch(open_rows, schema)
+
+
+def _record_batch(rows: list[tuple], schema: pa.Schema) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True)
+    return pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+def _staged(path: Path) -> Iterator[dict]:
+    with pa.memory_map(str(path)) as source:
+        for batch in pa.ipc.open_stream(source):
+            yield from batch.to_pylist()
+
+
+# --- second pass: divide, number, tokenize ----------------------------------------------------------------------
+
+
+def make_plan(
+    folder: Path,
+    settings: store.Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    staged: dict[str, Path],
+    val_fraction: float,
+    tally: Tally,
+) -> Plan:
+    """Write the question tables and the contexts' tokens, then the plan. `staged` is by split as in `find_files`."""
+    numbering = _Numbering(staged, val_fraction, tally)
+    contexts = _Contexts(settings, tokenizer)
+    store.write_table(
+        folder / STAGING / CONTEXT_TOKENS, _CONTEXT_SCHEMA, contexts.shards(numbering.contexts())
+    )
+    for split in store.SPLITS:
+        if not numbering.kept[split]:
+            raise DsskError(
+                f"0 usable rows in {split}, of {tally.read} rows read ({describe(tally.dropped)})"
+            )
+        _write_questions(folder / split, split, numbering.kept[split], staged, contexts.positions)
+    plan = Plan(
+        settings=settings,
+        counts=store.Counts(
+            read=tally.read,
+            dropped=dict(sorted(tally.dropped.items())),
+            bad_rows=tally.bad_rows,
+            rows={split: len(numbering.kept[split]) for split in store.SPLITS},
+            contexts=len(contexts.positions),
+            truncated=contexts.truncated,
+            tokens=sum(shard.tokens for shard in contexts.planned),
+            length_histogram=contexts.histogram,
+        ),
+        shards=contexts.planned,
+    )
+    files.publish_text(folder / STAGING / PLAN, plan.model_dump_json(indent=1) + "\n")
+    return plan
+
+
+def load_plan(folder: Path) -> Plan | None:
+    """The plan of an unfinished store, if it got that far."""
+    path = folder / STAGING / PLAN
+    return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def shard_tokens(folder: Path, index: int) -> pa.RecordBatch:
+    """The contexts of a planned shard: context, input_ids."""
+    with pa.memory_map(str(folder / STAGING / CONTEXT_TOKENS)) as source:
+        return next(islice(pa.ipc.open_stream(source), index, None))
+
+
+def describe(dropped: dict[str, int]) -> str:
+    """`"no long answer: 12, duplicate: 3"`."""
+    return ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "none dropped"
+
+
+class _Numbering:
+    """Decides which staged rows are kept, in which split, and numbers their contexts by first appearance."""
+
+    def __init__(self, staged: dict[str, Path], val_fraction: float, tally: Tally):
+        self._staged = staged
+        self._tally = tally
+        self._val_documents = _choose_documents(staged["all"], val_fraction) if "all" in staged else set()
+        self.kept = {split: Kept() for split in store.SPLITS}
+
+    def contexts(self) -> Iterator[str]:
+        """Every distinct context of the kept rows, once. `kept` is complete when this is exhausted."""
+        val_contexts = {_digest(row["context"]) for split, _, row in self._rows() if split == "val"}
+        numbers: dict[int, int] = {}
+        seen: set[int] = set()
+        for split, index, row in self._rows():
+            key = _digest(row["context"])
+            if split == "train" and key in val_contexts:
+                self._tally.dropped["context also in val"] += 1
+                continue
+            question_key = _digest(row["context"], row["question"], *row["answers"])
+            if question_key in seen:
+                self._tally.dropped["duplicate"] += 1
+                continue
+            seen.add(question_key)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                yield row["context"]
+            self.kept[split].append(index, numbers[key])
+
+    def _rows(self) -> Iterator[tuple[str, int, dict]]:
+        for name, path in self._staged.items():
+            for index, row in enumerate(_staged(path)):
+                split = name
+                if name == "all":
+                    split = "val" if _document(row) in self._val_documents else "train"
+                yield split, index, row
+
+
+class Kept:
+    """Rows of a staged file that belong to a split: their indices there and the numbers of their contexts."""
+
+    def __init__(self) -> None:
+        self.indices, self.numbers = array("q"), array("q")
+
+    def append(self, index: int, number: int) -> None:
+        self.indices.append(index)
+        self.numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _document(row: dict) -> str:
+    """The unit that is never divided between train and val."""
+    return row["document"] or row["context"]
+
+
+def _choose_documents(path: Path, val_fraction: float) -> set[str]:
+    """Documents that hold at least `val_fraction` of the rows; drawn by hash, so the order of rows is no matter."""
+    rows_of = Counter(_document(row) for row in _staged(path))
+    wanted = val_fraction * rows_of.total()
+    chosen: set[str] = set()
+    for document in sorted(rows_of, key=_digest):
+        if wanted <= 0:
+            break
+        chosen.add(document)
+        wanted -= rows_of[document]
+    return chosen
+
+
+def _digest(*texts: str) -> int:
+    return xxhash.xxh3_128_intdigest("\0".join(texts).encode())
+
+
+class _Contexts:
+    """Cuts contexts into shards; inside a shard the longest comes first."""
+
+    def __init__(self, settings: store.Settings, tokenizer: PreTrainedTokenizerBase):
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self.positions = array("q")
+        """Number of a context -> its row in `contexts/`."""
+        self.planned: list[PlannedShard] = []
+        self.truncated = 0
+        self.histogram = [0] * HISTOGRAM_BINS
+
+    def shards(self, contexts: Iterator[str]) -> Iterator[pa.RecordBatch]:
+        """One record batch (context, input_ids) a shard."""
+        while texts := list(islice(contexts, self._settings.shard_rows)):
+            yield self._shard(texts)
+
+    def _shard(self, texts: list[str]) -> pa.RecordBatch:
+        maximum = self._settings.maximum_input_length
+        ids = tokenize_contexts(self._tokenizer, texts)
+        self.truncated += sum(len(row) > maximum for row in ids)
+        ids = [row[:maximum] for row in ids]
+        for row in ids:
+            self.histogram[(len(row) - 1) * HISTOGRAM_BINS // maximum] += 1
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        first_row = len(self.positions)
+        self.positions.extend([0] * len(ids))
+        for place, i in enumerate(order):
+            self.positions[first_row + i] = first_row + place
+        rows = [(texts[i], ids[i]) for i in order]
+        key = xxhash.xxh3_128_hexdigest(json.dumps([self._settings.encoding_key, rows]).encode())
+        tokens = sum(map(len, ids))
+        self.planned.append(PlannedShard(key=key, first_row=first_row, rows=len(rows), tokens=tokens))
+        return _record_batch(rows, _CONTEXT_SCHEMA)
+
+
+def _write_questions(folder: Path, split: str, kept: Kept, staged: dict[str, Path], positions: array) -> None:
+    features = store.QUESTION_FEATURES
+    name = f"{store.shard_name(0, 1)}.arrow"
+    files.make_folder(folder)
+    batches = _batches(_questions(staged.get(split) or staged["all"], kept, positions), features.arrow_schema)
+    store.write_table(folder / name, features.arrow_schema, batches)
+    store.write_dataset_files(folder, features, [name], split)
+
+
+def _questions(path: Path, kept: Kept, positions: array) -> Iterator[tuple]:
+    """Rows of `store.QUESTION_FEATURES`."""
+    numbers = iter(zip(kept.indices, kept.numbers, strict=True))
+    wanted, number = next(numbers)
+    for index, row in enumerate(_staged(path)):
+        if index == wanted:
+            answers = row["answers"]
+            yield row["id"], row["context"], row["question"], answers[0], answers, positions[number]
+            wanted, number = next(numbers, (-1, 0))
