@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.process
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +22,13 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 from transformers import GPTBigCodeForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from dssk import files
 from dssk.data import plan as planning
 from dssk.data import store
 from dssk.data.plan import Plan, PlannedShard
+from dssk.data.ranks import Ranks
 from dssk.errors import Diverged, DsskError, EnvironmentFault
 from dssk.models.base import encode, load_base
 
@@ -58,9 +61,32 @@ class Job:
         """About the size of a shard's Arrow file, texts left out."""
         return store.encoding_bytes(self.storage_dtype, self.plan.settings.hidden_size) * shard.tokens
 
+    def shard_names(self) -> list[str]:
+        """The Arrow files of `contexts/`, in order; none for a store of texts only."""
+        if self.plan.settings.storage_dtype is None:
+            return []
+        return [self.path(index, ".arrow").name for index in range(len(self.plan.shards))]
+
+    def open_folder(self) -> None:
+        """Make `contexts/` ready: nothing foreign in it, room for what is missing."""
+        folder = self.folder / store.CONTEXTS
+        names = self.shard_names()
+        if not names:
+            return
+        files.make_folder(folder)
+        for path in folder.iterdir():
+            if path.with_suffix(".arrow").name not in names:
+                files.remove(path)
+        num_bytes = sum(self.shard_bytes(self.plan.shards[index]) for index in self.missing())
+        counts = self.plan.counts
+        files.require_free(folder, num_bytes, f"encoding {counts.contexts} contexts")
+        print(
+            f"Encoding {counts.contexts} contexts, {counts.tokens} tokens: {files.size(num_bytes)} to write."
+        )
+
     def missing(self) -> list[int]:
         """The shards that are still to be encoded."""
-        return [index for index, shard in enumerate(self.plan.shards) if not self._is_done(index, shard)]
+        return [i for i in range(len(self.shard_names())) if not self._is_done(i, self.plan.shards[i])]
 
     def _is_done(self, index: int, shard: PlannedShard) -> bool:
         info = store.load_shard_info(self.path(index, ".json"))
@@ -76,12 +102,18 @@ class Job:
 # --- all shards ------------------------------------------------------------------------------------------------
 
 
-def encode_shards(job: Job, shards: list[int], num_proc: int, device_index: int = 0) -> None:
-    """Encode `shards` in this process, or with `num_proc` spawned ones, process p on device p."""
+def encode_shards(job: Job, team: Ranks, num_proc: int) -> None:
+    """Encode what is missing: this process its share of a torchrun launch, or `num_proc` spawned ones all of it.
+
+    Process p, or the p-th on its node, takes device p.
+    """
+    shards = team.from_first(job.missing)[team.rank :: team.size]
+    if not shards:
+        return
     total = sum(job.plan.shards[index].tokens for index in shards)
     with tqdm(total=total, desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar:
-        if num_proc == 1 or len(shards) == 1:
-            model = load_model(job, device_index)
+        if team.size > 1 or num_proc == 1 or len(shards) == 1:
+            model = load_model(job, team.local_rank)
             with one_thread(model.device):
                 for index in shards:
                     encode_shard(job, index, model, bar.update)
@@ -175,6 +207,8 @@ class _Worker:
 
 def _work(job: Job, rank: int, connection: Connection) -> None:
     """A worker's life: take shard numbers until there are no more. It never outlives its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    transformers_logging.disable_progress_bar()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -15,14 +15,17 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
-from transformers import GPTBigCodeConfig, PreTrainedTokenizerBase
+from huggingface_hub import get_token
+from transformers import GPTBigCodeConfig
+from transformers.utils import logging as transformers_logging
 
 from dssk import files, prompts
 from dssk.data import plan as planning
-from dssk.data import sources, store
+from dssk.data import ranks, sources, store
 from dssk.data.encode import Job, encode_shards
 from dssk.data.fingerprint import model_fingerprint, tokenizer_hash
 from dssk.errors import DsskError, run
@@ -35,94 +38,78 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--embedding_model",
-        required=True,
-        help="GPTBigCode model that encodes: a folder, or a name on the Hub",
+    model = parser.add_argument_group("the model that encodes")
+    model.add_argument(
+        "--embedding_model", required=True, help="GPTBigCode model: a folder, or a name on the Hub"
     )
-    add(
-        "--data_cache_path",
-        type=Path,
-        required=True,
-        help="results go to processed_data/<model name> in this folder",
+    model.add_argument("--revision", type=optional_str, help="branch, tag or commit of a model on the Hub")
+    model.add_argument(
+        "--dtype", choices=("auto", *_DTYPES), default="auto", help="computes in; auto: its own type"
     )
-    add("--maximum_input_length", type=positive_int, default=4096, help="tokens that a context is cut to")
-    add("--batch_size", type=positive_int, default=2, help="most contexts encoded at a time, on each device")
-    add(
-        "--batch_tokens",
-        type=positive_int,
-        default=16384,
-        help="most tokens encoded at a time, padding included",
+
+    data = parser.add_argument_group("the rows")
+    data.add_argument(
+        "--dataset", default=sources.NATURAL_QUESTIONS, help="name on the Hub, file, folder, or `toy`"
     )
-    add(
-        "--num_proc",
-        type=positive_int,
-        default=1,
-        help="processes: one for each GPU, or CPU core if there is none",
+    data.add_argument(
+        "--dataset_revision", type=optional_str, help="branch, tag or commit of a data set on the Hub"
     )
-    add("--dataset", default=sources.NATURAL_QUESTIONS, help="a name on the Hub, a file, a folder, or `toy`")
-    add("--val_dataset", type=optional_str, help="where the val rows come from, if not from --dataset")
-    add("--split", type=optional_str, help="read only this split of --dataset")
-    add(
-        "--val_fraction",
-        type=_fraction,
-        default=0.05,
-        help="share of rows for val if the data set has no such split",
+    data.add_argument("--split", type=optional_str, help="read only this split of --dataset")
+    data.add_argument("--val_dataset", type=optional_str, help="where val comes from, if not from --dataset")
+    data.add_argument(
+        "--val_fraction", type=_fraction, default=0.05, help="share of rows for val if there is no val"
     )
-    add("--max_examples", type=positive_int, help="most usable rows to read of each split")
-    add("--skip_bad_rows", type=int, default=0, help="malformed rows to leave out before giving up")
-    add("--seed", type=int, default=0, help="of the toy data set")
-    add("--revision", type=optional_str, help="branch, tag or commit of a model on the Hub")
-    add("--dataset_revision", type=optional_str, help="branch, tag or commit of a data set on the Hub")
-    add(
-        "--dtype",
-        choices=("auto", *_DTYPES),
-        default="auto",
-        help="type to compute in; auto: the model's own",
+    data.add_argument("--max_examples", type=positive_int, help="most usable rows to read of each split")
+    data.add_argument(
+        "--skip_bad_rows", type=int, default=0, help="malformed rows to leave out before giving up"
     )
-    add(
-        "--storage_dtype",
-        choices=tuple(store.TORCH_DTYPES),
-        default="bf16",
-        help="type that encodings are stored in",
+    data.add_argument("--seed", type=int, default=0, help="of the toy data set")
+
+    work = parser.add_argument_group("the encoding")
+    work.add_argument(
+        "--maximum_input_length", type=positive_int, default=4096, help="tokens a context is cut to"
     )
-    add(
-        "--text_only",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        help="store no encodings (encode_online)",
+    work.add_argument(
+        "--batch_size", type=positive_int, default=2, help="most contexts at a time on a device"
     )
-    add(
-        "--shard_rows",
-        type=positive_int,
-        default=256,
-        help="contexts in a file; what a kill can cost each process",
+    work.add_argument(
+        "--batch_tokens", type=positive_int, default=16384, help="most tokens at a time, with padding"
     )
+    work.add_argument(
+        "--num_proc", type=positive_int, default=1, help="processes: number of GPUs, else of CPU cores"
+    )
+
+    result = parser.add_argument_group("the result")
+    result.add_argument(
+        "--data_cache_path", type=Path, required=True, help="writes processed_data/<model> in here"
+    )
+    result.add_argument(
+        "--storage_dtype", choices=tuple(store.TORCH_DTYPES), default="bf16", help="type on the disk"
+    )
+    result.add_argument(
+        "--text_only", type=bool_flag, nargs="?", const=True, default=False, help="no encodings"
+    )
+    result.add_argument("--shard_rows", type=positive_int, default=256, help="contexts in a file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
-    config = _check_model(args)
-    tokenizer = load_tokenizer(args.embedding_model, args.revision)
-    data = DataFiles(args)
-    settings = _settings(args, config, tokenizer, data)
-    folder = args.data_cache_path / "processed_data" / Path(args.embedding_model).name
-    files.make_folder(folder.parent)
-    with files.lock(folder.with_name(f".{folder.name}.lock")):
-        if _is_complete(folder, settings):
-            print(f"Encoded contexts found in {folder}: used again.")
+    quiet_libraries()
+    with ranks.join() as team, contextlib.ExitStack() as locks:
+        job = team.from_first(lambda: _prepare(args, locks, team))
+        if job is None:
             return None
-        plan = _resume(folder, settings) or _start(folder, settings, tokenizer, data, args)
-        if not args.text_only:
-            _encode(folder, plan, args, config)
-        manifest = store.finish(folder, settings, plan.counts)
-        files.remove(folder / planning.STAGING)
-    _report(folder, manifest)
+        encode_shards(job, team, args.num_proc)
+        team.wait()
+        if team.rank == 0:
+            _report(job.folder, _finish(job))
     return None
+
+
+def quiet_libraries() -> None:
+    """No progress bars of loading weights between our own."""
+    transformers_logging.disable_progress_bar()
 
 
 def _fraction(text: str) -> float:
@@ -132,64 +119,70 @@ def _fraction(text: str) -> float:
     return value
 
 
+# --- before anything is encoded ---------------------------------------------------------------------------------
+
+
+def _prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.Ranks) -> Job | None:
+    """Check everything, lock the folder, and plan what is to be encoded; None if it all exists."""
+    config = _check_model(args)
+    _check_devices(args, team)
+    source = sources.Source(
+        dataset=args.dataset,
+        revision=args.dataset_revision,
+        split=args.split,
+        val_dataset=args.val_dataset,
+        val_fraction=args.val_fraction,
+        max_examples=args.max_examples,
+        seed=args.seed,
+    )
+    settings = _settings(args, config, source)
+    folder = args.data_cache_path / "processed_data" / Path(args.embedding_model).name
+    files.make_folder(folder.parent)
+    locks.enter_context(files.lock(folder.with_name(f".{folder.name}.lock")))
+    if _is_complete(folder, settings):
+        print(f"Encoded contexts found in {folder}: used again.")
+        return None
+    plan = _resume(folder, settings) or _start(folder, settings, source, args)
+    job = Job(
+        folder=folder,
+        plan=plan,
+        model_path=args.embedding_model,
+        revision=args.revision,
+        model_dtype=_model_dtype(args, config),
+        batch_size=args.batch_size,
+        batch_tokens=args.batch_tokens,
+    )
+    job.open_folder()
+    return job
+
+
 def _check_model(args: argparse.Namespace) -> GPTBigCodeConfig:
-    config = load_base_config(args.embedding_model, args.revision)
+    try:
+        config = load_base_config(args.embedding_model, args.revision)
+    except DsskError as error:
+        if Path(args.embedding_model).exists() or get_token():
+            raise
+        raise DsskError(
+            f"{error} (a gated or private model on the Hub needs `hf auth login` first)"
+        ) from error
     if args.maximum_input_length > config.n_positions:
         raise DsskError(
             f"--maximum_input_length {args.maximum_input_length} is more than the {config.n_positions} positions of "
             f"{args.embedding_model}: lower it"
         )
-    num_gpus = torch.cuda.device_count()
-    if num_gpus and args.num_proc > num_gpus:
-        raise DsskError(f"--num_proc {args.num_proc} is more than the {num_gpus} visible GPUs: lower it")
     return config
 
 
-class DataFiles:
-    """Where the rows come from: files by split, or the toy."""
-
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
-        self._files: dict[str, list[str]] = {}
-        if args.dataset == sources.TOY:
-            return
-        self._files = sources.find_files(args.dataset, args.dataset_revision, args.split)
-        if args.val_dataset:
-            val = sources.find_files(args.val_dataset, args.dataset_revision, None)
-            self._files = {
-                "train": self._files.get("train") or self._files["all"],
-                "val": val.get("val") or val.get("all") or val["train"],
-            }
-        elif "val" not in self._files and "train" in self._files:
-            self._files = {"all": self._files["train"]}
-
-    def describe(self) -> dict[str, str | int | float | None]:
-        """What decides the rows, for comparing two runs."""
-        args = self._args
-        described = {
-            name: getattr(args, name) for name in ("dataset", "val_dataset", "split", "max_examples")
-        }
-        if args.dataset == sources.TOY:
-            described["seed"] = args.seed
-        if "all" in self._files:
-            described["val_fraction"] = args.val_fraction
-        for split, paths in self._files.items():
-            described[f"{split}_files"] = sources.fingerprint(paths)
-        return described
-
-    def rows(self, split: str):
-        if self._args.dataset == sources.TOY:
-            return sources.toy_rows(split, self._args.max_examples, self._args.seed)
-        return sources.read_rows(self._files[split])
-
-    @property
-    def splits(self) -> list[str]:
-        return list(self._files) or list(store.SPLITS)
+def _check_devices(args: argparse.Namespace, team: ranks.Ranks) -> None:
+    if team.size > 1 and args.num_proc > 1:
+        print(f"Started by torchrun as {team.size} processes: --num_proc is not used.")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and team.size == 1 and args.num_proc > num_gpus:
+        raise DsskError(f"--num_proc {args.num_proc} is more than the {num_gpus} visible GPUs: lower it")
 
 
-def _settings(
-    args: argparse.Namespace, config: GPTBigCodeConfig, tokenizer: PreTrainedTokenizerBase, data: DataFiles
-) -> store.Settings:
+def _settings(args: argparse.Namespace, config: GPTBigCodeConfig, source: sources.Source) -> store.Settings:
+    tokenizer = load_tokenizer(args.embedding_model, args.revision)
     return store.Settings(
         model_id=args.embedding_model,
         model_revision=getattr(config, "_commit_hash", None),
@@ -201,7 +194,7 @@ def _settings(
         template_version=prompts.TEMPLATE_VERSION,
         maximum_input_length=args.maximum_input_length,
         shard_rows=args.shard_rows,
-        source=data.describe(),
+        source=source.describe(),
     )
 
 
@@ -230,9 +223,8 @@ def _resume(folder: Path, settings: store.Settings) -> planning.Plan | None:
 
 def _require_same(folder: Path, found: store.Settings, wanted: store.Settings) -> None:
     """Raise `DsskError` naming the settings in which a folder differs from what is wanted."""
-    old, new = found.model_dump(), wanted.model_dump()
-    old, new = {**old, **old.pop("source")}, {**new, **new.pop("source")}
-    differ = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "model_id"]
+    old, new = _comparable(found), _comparable(wanted)
+    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:
         changes = ", ".join(f"{name} {old.get(name)} (now {new.get(name)})" for name in differ)
         raise DsskError(
@@ -240,47 +232,39 @@ def _require_same(folder: Path, found: store.Settings, wanted: store.Settings) -
         )
 
 
+def _comparable(settings: store.Settings) -> dict[str, object]:
+    """The settings by name, without those that say where the model and the rows were found."""
+    entries = settings.model_dump()
+    entries |= entries.pop("source")
+    return {name: value for name, value in entries.items() if name not in ("model_id", *sources.COMMITS)}
+
+
 def _start(
-    folder: Path,
-    settings: store.Settings,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DataFiles,
-    args: argparse.Namespace,
+    folder: Path, settings: store.Settings, source: sources.Source, args: argparse.Namespace
 ) -> planning.Plan:
     """Read the source and plan the store."""
-    files.remove(folder / planning.STAGING)
-    files.make_folder(folder / planning.STAGING)
+    staging = folder / planning.STAGING
+    files.remove(staging)
+    files.make_folder(staging)
     files.remove_temps(folder)
+    rows = source.open()
+    settings = settings.model_copy(update={"source": settings.source | source.commits()})
     tally = planning.Tally(args.skip_bad_rows)
-    staged = {split: folder / planning.STAGING / f"{split}.arrow" for split in data.splits}
+    staged = {split: staging / f"{split}.arrow" for split in rows}
     for split, path in staged.items():
-        planning.stage_rows(path, data.rows(split), args.max_examples, tally)
+        planning.stage_rows(path, rows[split], args.max_examples, tally)
     tally.check(args.dataset)
+    tokenizer = load_tokenizer(args.embedding_model, args.revision)
     return planning.make_plan(folder, settings, tokenizer, staged, args.val_fraction, tally)
 
 
-def _encode(folder: Path, plan: planning.Plan, args: argparse.Namespace, config: GPTBigCodeConfig) -> None:
-    job = Job(
-        folder=folder,
-        plan=plan,
-        model_path=args.embedding_model,
-        revision=args.revision,
-        model_dtype=_model_dtype(args, config),
-        batch_size=args.batch_size,
-        batch_tokens=args.batch_tokens,
-    )
-    files.make_folder(folder / store.CONTEXTS)
-    missing = job.missing()
-    num_bytes = sum(job.shard_bytes(plan.shards[index]) for index in missing)
-    files.require_free(folder, num_bytes, f"encoding {plan.counts.contexts} contexts")
-    print(
-        f"Encoding {plan.counts.contexts} contexts, {plan.counts.tokens} tokens, {files.size(num_bytes)} to write."
-    )
-    encode_shards(job, missing, args.num_proc)
-    names = [job.path(index, ".arrow").name for index in range(len(plan.shards))]
-    store.write_dataset_files(
-        folder / store.CONTEXTS, store.context_features(job.storage_dtype), names, store.CONTEXTS
-    )
+# --- after everything is encoded --------------------------------------------------------------------------------
+
+
+def _finish(job: Job) -> store.Manifest:
+    manifest = store.finish(job.folder, job.plan.settings, job.plan.counts, job.shard_names())
+    files.remove(job.folder / planning.STAGING)
+    return manifest
 
 
 def _report(folder: Path, manifest: store.Manifest) -> None:

@@ -4,12 +4,14 @@ Known schemas: Natural Questions as on the Hub (nested), as released by Google (
 Google (JSON lines), SQuAD (nested and flat), and plain `context, question, answer`.
 """
 
+import dataclasses
 import gzip
 import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -17,6 +19,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from datasets import load_dataset_builder
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError
 
 from dssk import prompts
 from dssk.data.fingerprint import file_fingerprint
@@ -69,32 +74,87 @@ class RawRow(NamedTuple):
     value: Any
 
 
-# --- files -------------------------------------------------------------------------------------------------
+# --- which rows ------------------------------------------------------------------------------------------------
+
+COMMITS = ("dataset_commit", "val_dataset_commit")
 
 
-def find_files(name: str, revision: str | None, split: str | None) -> dict[str, list[str]]:
-    """The files of a data set by split: `train`, `val`, or `all` if they are not divided yet.
+@dataclass(frozen=True)
+class Source:
+    """Which rows to read."""
 
-    `name` is a file, a folder or a data set on the Hub; `split` restricts it to one of its own splits.
-    """
+    dataset: str
+    """A data set on the Hub, a file, a folder, or `toy`."""
+    revision: str | None = None
+    """Of a data set on the Hub."""
+    split: str | None = None
+    """Read only this split of `dataset`."""
+    val_dataset: str | None = None
+    """Where the val rows come from, if not from `dataset`."""
+    val_fraction: float = 0.05
+    """Share of rows for val if no split of that name is found."""
+    max_examples: int | None = None
+    """Most usable rows of each split."""
+    seed: int = 0
+    """Of the toy data set."""
+
+    def describe(self) -> dict[str, str | int | float | None]:
+        """What decides the rows, for comparing two runs. Asks nothing of the Hub."""
+        described = dataclasses.asdict(self)
+        if self.dataset != TOY:
+            del described["seed"]
+        for name in ("dataset", "val_dataset"):
+            value = described[name]
+            if value and Path(value).exists():
+                described[f"{name}_contents"] = _fingerprint(find_files(value, None))
+        return described
+
+    def open(self) -> dict[str, Iterator[RawRow]]:
+        """Rows by split: `train` and `val`, or `all` if they are not divided yet."""
+        if self.dataset == TOY:
+            return {split: _toy_rows(split, self.max_examples, self.seed) for split in ("train", "val")}
+        return {split: read_rows(paths) for split, paths in self._files().items()}
+
+    def commits(self) -> dict[str, str]:
+        """The commits on the Hub that the rows come from."""
+        pairs = zip(COMMITS, (self.dataset, self.val_dataset), strict=True)
+        return {key: _commit(name, self.revision) for key, name in pairs if name and _is_on_hub(name)}
+
+    def _files(self) -> dict[str, list[str]]:
+        found = find_files(self.dataset, self.revision)
+        if self.split is not None:
+            wanted = _SPLIT_WORDS.get(self.split, self.split)
+            if wanted not in found:
+                raise DsskError(f"{self.dataset} has no split {self.split}, only {', '.join(sorted(found))}")
+            found = {"all": found[wanted]}
+        train = found.get("train") or found.get("all")
+        if not train:
+            raise DsskError(
+                f"{self.dataset} has no split train, only {', '.join(sorted(found))}: name it with --split"
+            )
+        val = found.get("val")
+        if self.val_dataset:
+            others = find_files(self.val_dataset, self.revision)
+            val = others.get("val") or others.get("all") or others.get("train")
+        return {"train": train, "val": val} if val else {"all": train}
+
+
+def find_files(name: str, revision: str | None) -> dict[str, list[str]]:
+    """The files of a data set by split: `train`, `val`, others by their own names, `all` if there are no splits."""
     path = Path(name)
     if path.is_file():
-        files = {"all": [str(path)]}
-    elif path.is_dir():
-        files = _folder_files(path)
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        return {"all": [str(path)]}
+    if path.is_dir():
+        return _folder_files(path)
+    if not _is_on_hub(name):
         raise DsskError(f"no such file or folder: {name}")
-    else:
-        files = _hub_files(name, revision)
-    if split is not None:
-        wanted = _SPLIT_WORDS.get(split, split)
-        if wanted not in files:
-            raise DsskError(f"{name} has no split {split}, only {', '.join(sorted(files))}")
-        return {"all": files[wanted]}
-    files = {key: paths for key, paths in files.items() if key in ("all", "train", "val")}
-    if not files:
-        raise DsskError(f"{name} has no split train: name the one to use with --split")
-    return files
+    return _hub_files(name, revision)
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a name that may be a path is a data set on the Hub: `name` or `owner/name`."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(_SUFFIXES)
+    return name != TOY and not looks_like_path and not Path(name).exists()
 
 
 def _folder_files(folder: Path) -> dict[str, list[str]]:
@@ -113,31 +173,36 @@ def _folder_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
+def _fingerprint(found: dict[str, list[str]]) -> str:
+    """What tells the contents of these files from others."""
+    digest = xxhash.xxh3_128()
+    for paths in found.values():
+        for path in paths:
+            digest.update(file_fingerprint(Path(path)).encode())
+    return digest.hexdigest()
+
+
 def _hub_files(name: str, revision: str | None) -> dict[str, list[str]]:
     """The files of a data set on the Hub, as `hf://` addresses that name the commit. Nothing is downloaded yet."""
-    from datasets import load_dataset_builder
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         builder = load_dataset_builder(name, revision=revision)
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        hint = "" if get_token() else "; a gated or private one needs `hf auth login` first"
         raise EnvironmentFault(
-            f"cannot reach the data set {name}: {str(error).splitlines()[0]}: check the name and the network; a gated "
-            "or private one needs `hf auth login` first; a local copy is given as a path"
+            f"cannot open the data set {name} on the Hub: {reason}: check its name and the network{hint}; a local "
+            "copy is given as a path"
         ) from error
-    files = builder.config.data_files or {}
+    found = builder.config.data_files or {}
     return {
-        _SPLIT_WORDS.get(str(split), str(split)): [str(url) for url in urls] for split, urls in files.items()
+        _SPLIT_WORDS.get(str(split), str(split)): [str(url) for url in urls] for split, urls in found.items()
     }
 
 
-def fingerprint(paths: list[str]) -> str:
-    """What tells these files from others: a digest of their contents, or the commit of a data set on the Hub."""
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        # an address on the Hub holds the commit
-        digest.update((path if path.startswith("hf://") else file_fingerprint(Path(path))).encode())
-    return digest.hexdigest()
+def _commit(name: str, revision: str | None) -> str:
+    """The commit in the addresses of a data set's files, as in `hf://datasets/owner/name@commit/file`."""
+    url = next(url for urls in _hub_files(name, revision).values() for url in urls)
+    return url.partition("@")[2].partition("/")[0]
 
 
 # --- rows as they are ----------------------------------------------------------------------------------------
@@ -169,7 +234,7 @@ def _read_file(url: str) -> Iterator[RawRow]:
 
 def _open(url: str) -> BinaryIO:
     # A path is opened as it is: `*` and `[1]` in it are ordinary characters.
-    return fsspec.open(url, "rb").open() if url.startswith("hf://") else open(url, "rb")  # noqa: SIM115
+    return fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
 
 
 def _json_line_rows(file: BinaryIO, name: str) -> Iterator[RawRow]:
@@ -237,7 +302,7 @@ def _arrow_rows(file: BinaryIO, name: str) -> Iterator[RawRow]:
             yield RawRow(f"{name}:{number}", row)
 
 
-def toy_rows(split: str, max_examples: int | None, seed: int) -> Iterator[RawRow]:
+def _toy_rows(split: str, max_examples: int | None, seed: int) -> Iterator[RawRow]:
     """The embedded toy data set, in the Hub's layout of Natural Questions."""
     from dssk.data import toy
 

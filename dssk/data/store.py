@@ -196,31 +196,40 @@ def write_dataset_files(folder: Path, features: Features, names: list[str], spli
         "_output_all_columns": False,
         "_split": split,
     }
-    for name, value in (("dataset_info.json", info), ("state.json", state)):
-        files.publish_text(folder / name, json.dumps(value, indent=1) + "\n")
+    files.publish_json(folder / "dataset_info.json", info)
+    files.publish_json(folder / "state.json", state)
 
 
-def finish(folder: Path, settings: Settings, counts: Counts) -> Manifest:
-    """Write the manifest of a store whose every other file is in place."""
-    files.publish_text(folder / "dataset_dict.json", json.dumps({"splits": list(SPLITS)}) + "\n")
-    shards, infos = [], {}
-    parts = [
-        folder / "dataset_dict.json",
-        *(p for name in (*SPLITS, CONTEXTS) for p in sorted((folder / name).glob("*"))),
-    ]
-    for path in parts:
-        shard = load_shard_info(path.with_suffix(".json")) if path.parent.name == CONTEXTS else None
-        if shard and path.suffix == ".arrow":
-            shards.append(shard)
-            infos[str(path.relative_to(folder))] = FileInfo(
-                num_bytes=shard.num_bytes, xxh3_128=shard.xxh3_128
-            )
-        else:
-            info = FileInfo(num_bytes=path.stat().st_size, xxh3_128=files.xxh3_128(path))
-            infos[str(path.relative_to(folder))] = info
+def finish(folder: Path, settings: Settings, counts: Counts, shard_names: list[str]) -> Manifest:
+    """Write the manifest of a store whose rows and shards (Arrow files of these names) are in place."""
+    contexts = folder / CONTEXTS
+    shards = [_finished_shard(contexts / name) for name in shard_names]
+    if settings.storage_dtype is not None:
+        write_dataset_files(contexts, context_features(settings.storage_dtype), shard_names, CONTEXTS)
+    files.publish_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
+    known = {
+        contexts / name: FileInfo(num_bytes=shard.num_bytes, xxh3_128=shard.xxh3_128)
+        for name, shard in zip(shard_names, shards, strict=True)
+    }
+    infos = {
+        path.relative_to(folder).as_posix(): known.get(path) or _file_info(path)
+        for part in (folder / "dataset_dict.json", *(folder / name for name in (*SPLITS, CONTEXTS)))
+        for path in ([part] if part.is_file() else sorted(part.glob("*")))
+    }
     manifest = Manifest(**settings.model_dump(), counts=counts, shards=shards, files=infos)
     files.publish_text(folder / MANIFEST, manifest.to_json())
     return load_manifest(folder)
+
+
+def _file_info(path: Path) -> FileInfo:
+    return FileInfo(num_bytes=path.stat().st_size, xxh3_128=files.xxh3_128(path))
+
+
+def _finished_shard(path: Path) -> ShardInfo:
+    shard = load_shard_info(path.with_suffix(".json"))
+    if shard is None:
+        raise DamagedData(f"{path.with_suffix('.json')} is gone or damaged: start the same command again")
+    return shard
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -257,7 +266,12 @@ def repair(path: str | Path) -> str:
 
 
 def check_model(manifest: Manifest, model_path: str | Path, revision: str | None = None) -> None:
-    """Raise `DsskError` unless `model_path` made the encodings; see `fingerprint`. Loads no weights."""
+    """Raise `DsskError` unless `model_path` made the encodings; see `fingerprint`. Loads no weights.
+
+    A store of texts only suits every model.
+    """
+    if manifest.storage_dtype is None:
+        return
     if manifest.template_version != prompts.TEMPLATE_VERSION:
         raise DsskError(
             f"contexts were encoded with prompt template {manifest.template_version}, this dssk uses "

@@ -1,0 +1,60 @@
+"""The processes that torchrun started together, on one node or on several that share the output folder."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from dssk.errors import DsskError
+
+T = TypeVar("T")
+_TIMEOUT = datetime.timedelta(
+    days=7
+)  # others wait while the first reads the source; torchrun sees deaths sooner
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its fellows: number `rank` of `size`, number `local_rank` on its node."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, in every process; a `DsskError` that it raises, too."""
+        if self.size == 1:
+            return make()
+        shared: list = [None]
+        if self.rank == 0:
+            try:
+                shared = [make()]
+            except DsskError as error:
+                shared = [error]
+        dist.broadcast_object_list(shared)
+        if isinstance(shared[0], DsskError):
+            raise shared[0]
+        return shared[0]
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join() -> Iterator[Ranks]:
+    """Meet the other processes of a torchrun launch; without torchrun this process is alone."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Ranks(0, 1, 0)
+        return
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
+    finally:
+        dist.destroy_process_group()
