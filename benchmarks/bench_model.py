@@ -1,0 +1,334 @@
+"""How fast the fused model answers and trains: `make bench-model`, at most ten minutes, `results/model.json`."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from common import SIZES, Results, interleaved, random_base
+from original import Original
+
+from dssk.models.base import load_base
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+
+class Layout(NamedTuple):
+    """Blocks in a random base of a size."""
+
+    size: str
+    num_cross_attn_layers: int
+    cross_attn_layers_stride: int
+    cross_attn_shared_weights: bool
+    cross_attn_num_key_value_heads: int | None = None
+
+
+LAYOUTS = {  # "small" and "medium" share weights, as BASE_CONFIG does
+    "small": Layout("SMALL", 3, 2, True),
+    "small_unshared": Layout("SMALL", 3, 2, False),
+    "small_multi_query": Layout("SMALL", 3, 2, False, 1),
+    "medium": Layout("MEDIUM", 4, 2, True),
+    "medium_unshared": Layout("MEDIUM", 3, 3, False),
+}
+QUESTION_TOKENS, NEW_TOKENS = 16, 24
+TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS, TRAIN_LABELS = 4, 512, 64, 16
+
+
+def fused(folder: Path, layout: str, implementation: str = "sdpa") -> CrossAttnGPTBigCodeForCausalLM:
+    torch.manual_seed(1)
+    fields = LAYOUTS[layout]._asdict()
+    base = folder / fields.pop("size")
+    return CrossAttnGPTBigCodeForCausalLM.from_base(
+        base, cross_attn_init="normal", attn_implementation=implementation, **fields
+    ).eval()
+
+
+def tokens(model, *shape: int) -> torch.Tensor:
+    return torch.randint(5, model.config.vocab_size, shape)
+
+
+def generate(model, ids: torch.Tensor, new_tokens: int, **context) -> None:
+    model.generate(
+        ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=4, **context
+    )
+
+
+def per_later_token(seconds: dict[str, float], name: str) -> float:
+    return (seconds[f"{name} all"] - seconds[f"{name} one"]) / (NEW_TOKENS - 1)
+
+
+class Stopwatch:
+    """Seconds spent inside the cross-attention blocks while they do their work in the model."""
+
+    def __init__(self, model: CrossAttnGPTBigCodeForCausalLM):
+        self.seconds = 0.0
+        for block in model.transformer.cross_attn:
+            block.forward = partial(self._timed, block.forward)
+
+    def _timed(self, forward, *args):
+        start = time.perf_counter()
+        output = forward(*args)
+        self.seconds += time.perf_counter() - start
+        return output
+
+
+@torch.no_grad()
+def bench_later_tokens(
+    results: Results, folder: Path, layout: str, context_tokens: int, batch: int, rounds: int
+):
+    """A later token's cost: the bare base without a context, and ours outside and inside the blocks."""
+    base, model = load_base(folder / LAYOUTS[layout].size), fused(folder, layout)
+    ids = tokens(model, batch, QUESTION_TOKENS)
+    context = model.project_context(*model.encode(tokens(model, batch, context_tokens)))
+    stopwatch, inside = Stopwatch(model), []
+
+    def ours() -> None:
+        stopwatch.seconds = 0.0
+        generate(model, ids, NEW_TOKENS, context=context)
+        inside.append(stopwatch.seconds / NEW_TOKENS)
+
+    seconds = interleaved(
+        {
+            "base one": partial(generate, base, ids, 1),
+            "base all": partial(generate, base, ids, NEW_TOKENS),
+            "ours one": partial(generate, model, ids, 1, context=context),
+            "ours all": ours,
+        },
+        rounds,
+    )
+    whole, reference = per_later_token(seconds, "ours"), per_later_token(seconds, "base")
+    blocks = median(inside[1:])
+    results.add(
+        "later_token_over_base",
+        1e3 * (whole - blocks),
+        1e3 * reference,
+        (whole - blocks) / reference,
+        "ms/token outside the blocks",
+        layout=layout,
+        context=context_tokens,
+        batch=batch,
+        blocks_ms=round(1e3 * blocks, 4),
+    )
+
+
+@torch.no_grad()
+def bench_against_prompt(
+    results: Results, folder: Path, layout: str, rounds: int, context_tokens: int = 1500
+) -> None:
+    """First and later tokens, against the base with the context in its prompt (later tokens: cached)."""
+    base, model = load_base(folder / LAYOUTS[layout].size), fused(folder, layout)
+    context_ids, ids = tokens(model, 1, context_tokens), tokens(model, 1, QUESTION_TOKENS)
+    prompt = torch.cat([context_ids, ids], 1)
+    states, mask = model.encode(context_ids)
+    context = model.project_context(states, mask)
+    stored = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    seconds = interleaved(
+        {
+            "base one": partial(generate, base, prompt, 1),
+            "base all": partial(generate, base, prompt, NEW_TOKENS),
+            "ours one": partial(generate, model, ids, 1, context=context),
+            "ours all": partial(generate, model, ids, NEW_TOKENS, context=context),
+            "from states": partial(generate, model, ids, 1, **stored),
+        },
+        rounds,
+    )
+    settings = {"layout": layout, "context": context_tokens, "batch": 1}
+    ours, reference = per_later_token(seconds, "ours"), per_later_token(seconds, "base")
+    results.add(
+        "later_token_vs_prompt_1500", 1e3 * ours, 1e3 * reference, reference / ours, "ms/token", **settings
+    )
+    first, from_states, cold = (seconds[name] for name in ("ours one", "from states", "base one"))
+    results.add(
+        "first_token_vs_prompt_1500",
+        1e3 * first,
+        1e3 * cold,
+        cold / first,
+        "ms",
+        **settings,
+        given="projected",
+    )
+    results.add(
+        "first_token_from_states_1500",
+        1e3 * from_states,
+        1e3 * cold,
+        cold / from_states,
+        "ms",
+        **settings,
+        given="states",
+    )
+
+
+def train_step(model, batch: dict[str, torch.Tensor]) -> None:
+    model.zero_grad(set_to_none=True)
+    model(
+        batch["input_ids"],
+        labels=batch["labels"],
+        encoder_hidden_states=batch["states"],
+        encoder_attention_mask=batch["mask"],
+    ).loss.backward()
+
+
+def original_step(model, batch: dict[str, torch.Tensor]) -> None:
+    model.zero_grad(set_to_none=True)
+    model(batch["input_ids"], batch["states"], batch["mask"], batch["labels"]).backward()
+
+
+def training_batch(model) -> dict[str, torch.Tensor]:
+    """4 rows of 512 context and 64 decoder tokens, the last 16 labelled; one context is a quarter padding."""
+    torch.manual_seed(2)
+    ids = tokens(model, TRAIN_ROWS, TRAIN_TOKENS)
+    labels = ids.clone()
+    labels[:, :-TRAIN_LABELS] = -100
+    mask = torch.ones(TRAIN_ROWS, TRAIN_CONTEXT, dtype=torch.bool)
+    mask[-1, -TRAIN_CONTEXT // 4 :] = False
+    states = torch.randn(TRAIN_ROWS, TRAIN_CONTEXT, model.config.n_embd)
+    return {"input_ids": ids, "labels": labels, "states": states, "mask": mask}
+
+
+def training_models(folder: Path, layout: str):
+    return fused(folder, layout).train(), Original(fused(folder, layout, "eager").train())
+
+
+def training_flops(model) -> float:
+    """Floating-point operations of one of our training steps: products of matrices, forward and backward.
+
+    Frozen layers have no weight gradient, those below the lowest block no backward pass at all.
+    """
+    config = model.config
+    d, tokens_, contexts = config.n_embd, TRAIN_ROWS * TRAIN_TOKENS, TRAIN_ROWS * TRAIN_CONTEXT
+    width = config.cross_attn_hidden_size
+    kv = 2 * (d // config.n_head if config.multi_query else d)
+    layer = 2 * tokens_ * (d * (d + kv) + d * d + 8 * d * d) + 4 * tokens_ * TRAIN_TOKENS * d
+    layers_with_backward = config.n_layer - min(config.cross_attn_layers)
+    positions, distinct = config.num_cross_attn_layers, len(model.transformer.cross_attn)
+    kv_width = width // config.cross_attn_num_attention_heads * config.cross_attn_num_key_value_heads
+    attention = 4 * tokens_ * TRAIN_CONTEXT * width  # scores and weighted values
+    projections = 2 * contexts * d * 2 * kv_width  # keys and values: no gradient with respect to the states
+    block = 2 * tokens_ * (2 * d * width + 8 * d * width)
+    head = 2 * TRAIN_ROWS * TRAIN_LABELS * d * config.vocab_size
+    return (
+        layer * (config.n_layer + layers_with_backward)
+        + 2 * distinct * projections
+        + 3 * positions * (block + attention)
+        + 2 * head
+    )
+
+
+def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> None:
+    model, original = training_models(folder, layout)
+    batch = training_batch(model)
+    loss = model(
+        batch["input_ids"],
+        labels=batch["labels"],
+        encoder_hidden_states=batch["states"],
+        encoder_attention_mask=batch["mask"],
+    ).loss
+    torch.testing.assert_close(
+        loss,
+        original(batch["input_ids"], batch["states"], batch["mask"], batch["labels"]),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    d = model.config.n_embd
+    left, right = torch.randn(1024, d), torch.randn(d, 4 * d)
+    seconds = interleaved(
+        {
+            "ours": partial(train_step, model, batch),
+            "original": partial(original_step, original, batch),
+            "matmul": lambda: [left @ right for _ in range(8)],
+        },
+        rounds,
+    )
+    settings = {
+        "layout": layout,
+        "rows": TRAIN_ROWS,
+        "context": TRAIN_CONTEXT,
+        "tokens": TRAIN_TOKENS,
+        "labels": TRAIN_LABELS,
+    }
+    ours, reference = seconds["ours"], seconds["original"]
+    results.add(f"train_step_{layout}", 1e3 * ours, 1e3 * reference, reference / ours, "ms/step", **settings)
+    rate, peak = training_flops(model) / ours, 8 * 2 * left.numel() * right.shape[1] / seconds["matmul"]
+    results.add(
+        "train_flops_share",
+        rate / 1e9,
+        peak / 1e9,
+        rate / peak,
+        "GFLOP/s, of a plain matrix product",
+        **settings,
+    )
+    memory = {which: peak_memory(folder, layout, which) for which in ("ours", "original")}
+    results.add(
+        f"train_peak_memory_{layout}",
+        memory["ours"],
+        memory["original"],
+        memory["ours"] / memory["original"],
+        "MB above the loaded model",
+        **settings,
+    )
+
+
+def peak_memory(folder: Path, layout: str, which: str) -> float:
+    """MB by which three training steps raise the peak of a fresh process."""
+    command = [sys.executable, __file__, "--peak_memory", which, "--layout", layout, "--folder", str(folder)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak_memory(folder: Path, layout: str, which: str) -> None:
+    model = fused(folder, layout, "sdpa" if which == "ours" else "eager").train()
+    batch = training_batch(model)
+    step, model = (train_step, model) if which == "ours" else (original_step, Original(model))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_status("VmRSS")
+    for _ in range(3):
+        step(model, batch)
+    print(json.dumps((memory_status("VmHWM") - before) / 1024))
+
+
+def memory_status(field: str) -> int:
+    """kB of a field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="timed rounds, of which the median counts (%(default)s)"
+    )
+    parser.add_argument("--only", choices=["generation", "training"], help="one half of the rows")
+    parser.add_argument("--peak_memory", choices=["ours", "original"], help=argparse.SUPPRESS)
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak_memory:
+        return print_peak_memory(args.folder, args.layout, args.peak_memory)
+
+    start = time.perf_counter()
+    results = Results("model")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in SIZES:
+            random_base(size, folder)
+        for layout in LAYOUTS:
+            if args.only != "training":
+                for context_tokens in (512, 1500):
+                    for batch in (1, 8):
+                        bench_later_tokens(results, folder, layout, context_tokens, batch, args.rounds)
+                bench_against_prompt(results, folder, layout, args.rounds)
+            if args.only != "generation":
+                bench_training(results, folder, layout, args.rounds)
+    results.write()
+    print(f"{time.perf_counter() - start:.0f} s")
+    return None
+
+
+if __name__ == "__main__":
+    main()
