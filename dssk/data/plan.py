@@ -24,7 +24,6 @@ from dssk.errors import DsskError
 STAGING = ".staging"
 PLAN = "plan.json"
 CONTEXT_TOKENS = "contexts.arrow"
-HISTOGRAM_BINS = 64
 
 _BATCH_ROWS = 1000
 _SHOWN_BAD_ROWS = 5
@@ -270,7 +269,7 @@ class _Contexts:
         """Number of a context -> its row in `contexts/`."""
         self.planned: list[PlannedShard] = []
         self.truncated = 0
-        self.histogram = [0] * HISTOGRAM_BINS
+        self.histogram: list[int] = []
 
     def shards(self, contexts: Iterator[str]) -> Iterator[pa.RecordBatch]:
         """One record batch (context, input_ids) a shard."""
@@ -283,7 +282,9 @@ class _Contexts:
         self.truncated += sum(len(row) > maximum for row in ids)
         ids = [row[:maximum] for row in ids]
         for row in ids:
-            self.histogram[(len(row) - 1) * HISTOGRAM_BINS // maximum] += 1
+            bin_index = (len(row) - 1) // store.HISTOGRAM_BIN_TOKENS
+            self.histogram += [0] * (bin_index + 1 - len(self.histogram))
+            self.histogram[bin_index] += 1
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         first_row = len(self.positions)
         self.positions.extend([0] * len(ids))

@@ -138,7 +138,7 @@ def _prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.
     settings = _settings(args, config, source)
     folder = args.data_cache_path / "processed_data" / Path(args.embedding_model).name
     files.make_folder(folder.parent)
-    locks.enter_context(files.lock(folder.with_name(f".{folder.name}.lock")))
+    locks.enter_context(store.lock(folder))
     if _is_complete(folder, settings):
         print(f"Encoded contexts found in {folder}: used again.")
         return None

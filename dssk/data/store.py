@@ -9,6 +9,7 @@ one JSON manifest each. A store of texts only has no `contexts/`.
 """
 
 import bisect
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 CONTEXTS = "contexts"
 SPLITS = ("train", "val")
 FORMAT_VERSION = 1
+HISTOGRAM_BIN_TOKENS = 16
 
 StorageDtype = Literal["fp32", "bf16", "fp16", "int8"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -122,9 +124,7 @@ class Counts(Strict):
     contexts: int
     truncated: int = Field(description="contexts longer than maximum_input_length")
     tokens: int = Field(description="of all contexts, after truncation")
-    length_histogram: list[int] = Field(
-        description="contexts by n_tokens, in equal bins up to maximum_input_length"
-    )
+    length_histogram: list[int] = Field(description="contexts by n_tokens, in bins of HISTOGRAM_BIN_TOKENS")
 
 
 class Manifest(Settings):
@@ -144,6 +144,11 @@ class Manifest(Settings):
         body = self.model_copy(update={"checksum": ""}).model_dump_json()
         checksum = xxhash.xxh3_128_hexdigest(body.encode())
         return self.model_copy(update={"checksum": checksum}).model_dump_json(indent=1) + "\n"
+
+
+def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Be the only one to write to a store; the lock file lies beside it, so that the store is only what it holds."""
+    return files.lock(folder.with_name(f".{folder.name}.lock"))
 
 
 def encoding_bytes(storage_dtype: StorageDtype, hidden_size: int) -> int:
