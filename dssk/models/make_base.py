@@ -339,7 +339,7 @@ def parser() -> flags.Parser:
     add("--positions", type=flags.positive_int, default=256, help="tokens that the model can read")
     add("--steps", type=int, default=120, help="steps of language modelling; 0: structured, but untrained")
     add("--batch_size", type=flags.positive_int, default=24, help="documents a step")
-    add("--learning_rate", type=float, default=3e-3)
+    add("--learning_rate", type=float, default=1e-3)
     add("--seed", type=int, default=0)
     return parser
 
