@@ -18,7 +18,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python -m dssk.models.make_base --dataset toy --seed $(SEED) --output $(DEMO)/seed-$(SEED)/base
 	$(BIN)/python dssk/data/preproc_nq.py --dataset toy --seed $(SEED) --embedding_model $(DEMO)/seed-$(SEED)/base \
-		--batch_size 64 --data_cache_path $(DEMO)/seed-$(SEED)
+		--maximum_input_length 256 --batch_size 64 --data_cache_path $(DEMO)/seed-$(SEED)
 	$(BIN)/python trainval.py -e crossattn_tiny --set model_path=$(DEMO)/seed-$(SEED)/base --set seed=$(SEED) \
 		--data_path $(DEMO)/seed-$(SEED)/processed_data/base -sb $(DEMO)/seed-$(SEED)/runs -r 1 \
 		--steps 800 --log_every 200

@@ -1,5 +1,6 @@
 """What every test can use: a tiny base model with a byte tokenizer, and encoded rows. No network, no GPU."""
 
+import json
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedToke
 from transformers.utils import logging as transformers_logging
 
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from exp_configs import BASE_CONFIG
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -79,3 +81,49 @@ def tokens():
     """Random token ids of a shape, from a generator of its own: no special ones."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, shape, generator=generator)
+
+
+def question_rows(count: int) -> list[dict]:
+    """Short rows whose answer stands in their context: each context has two questions."""
+    return [
+        {
+            "id": str(i),
+            "context": f"Mill {i // 2} was built in {1700 + i // 2} by Ann {i // 2}.",
+            "question": f"who built mill {i // 2}" if i % 2 else f"when was mill {i // 2} built",
+            "answer": f"Ann {i // 2}" if i % 2 else str(1700 + i // 2),
+        }
+        for i in range(count)
+    ]
+
+
+def encode_rows(base: Path, folder: Path, rows: list[dict], *flags: str) -> Path:
+    """Run the preprocessing command on rows; returns the store."""
+    from dssk.data import preproc_nq
+
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--dataset", str(source), "--embedding_model", str(base), "--data_cache_path", str(folder)]
+    preproc_nq.main([*argv, "--maximum_input_length", "128", "--val_fraction", "0.25", *flags])
+    return folder / "processed_data" / base.name
+
+
+@pytest.fixture(scope="session")
+def store_path(base_path, tmp_path_factory) -> Path:
+    """48 questions on 24 contexts, a quarter of them in `val`, encoded by the base."""
+    return encode_rows(base_path, tmp_path_factory.mktemp("store"), question_rows(48))
+
+
+def experiment(base: Path, **changes) -> dict:
+    """A small experiment on `base`: four rows a step."""
+    settings = {
+        "model_path": str(base),
+        "num_cross_attn_layers": 2,
+        "cross_attn_shared_weights": False,
+        "context_size": 128,
+        "include_context_ids": False,
+        "train_batch_size": 4,
+        "test_batch_size": 8,
+        "fp16": False,
+        "gradient_checkpointing": False,
+    }
+    return {**BASE_CONFIG, **settings, **changes}

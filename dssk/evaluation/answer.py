@@ -10,6 +10,7 @@ import torch
 
 from dssk import prompts
 from dssk.checkpoint import load_model
+from dssk.console import quiet_libraries
 from dssk.errors import DsskError, run
 from dssk.evaluation.generate import MAX_NEW_TOKENS, generate_answers
 from dssk.flags import Parser, positive_int
@@ -29,6 +30,7 @@ def main() -> None:
         help="longest answer, in tokens (%(default)s)",
     )
     args = parser.parse_args()
+    quiet_libraries()
 
     text = read_text(args.context)
     model, tokenizer = load_model(args.checkpoint)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dssk.checkpoint import find_model, load_model
+from dssk.console import quiet_libraries
 from dssk.data.store import load_rows
 from dssk.errors import DsskError, run
 from dssk.evaluation.generate import MAX_NEW_TOKENS, Contexts, answer_nll, generate_answers
@@ -129,6 +130,7 @@ def main() -> None:
         "--output", help="where scores go; predictions lie beside (scores.json in the checkpoint)"
     )
     args = parser.parse_args()
+    quiet_libraries()
 
     folder = find_model(args.checkpoint)
     rows = load_rows(args.data_path)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
+from dssk.console import watched
 from dssk.errors import DsskError
 
 MAX_LOADER_WORKERS = 4
@@ -44,17 +45,19 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
         max_grad_norm=cfg.max_grad_norm,
         fp16=cfg.fp16,
         bf16=cfg.bf16,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=cfg.seed,
         metric_for_best_model="loss",
         greater_is_better=False,
         prediction_loss_only=True,
+        label_names=["labels"],  # guessed from our forward it would include label_smoothing
         logging_nan_inf_filter=False,  # it would log a NaN loss as zero
         remove_unused_columns=False,  # our collator names the model's inputs
         dataloader_num_workers=loader_workers(),
         ddp_find_unused_parameters=False,  # every batch has a context, so every trainable parameter is used
         use_cpu=not on_gpu,
+        disable_tqdm=not watched(),
         deepspeed=run.deepspeed,
         report_to=["wandb"] if run.wandb_project_name else [],
     )

@@ -1,9 +1,7 @@
 """One training run, from an experiment to a fused model."""
 
 import json
-import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from dssk.checkpoint import FINAL, latest_checkpoint
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
+from dssk.console import quiet_libraries
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
 from dssk.data.store import check_model, load_manifest, load_rows
@@ -44,7 +42,7 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     open_savedir(savedir, exp_dict, run.reset)
     set_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.model_path)
-    model = build_model(cfg)
+    model = build_model(cfg, tokenizer)
     trainer = build_trainer(model, tokenizer, cfg, run, arguments)
     say(f"{describe(model)}\n{savedir}")
     checkpoint = latest_checkpoint(savedir)
@@ -100,11 +98,12 @@ def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
     return {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
 
 
-def build_model(cfg: ExperimentConfig) -> CrossAttnGPTBigCodeForCausalLM:
+def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnGPTBigCodeForCausalLM:
     """The base with new blocks. In mixed precision the frozen base is kept in half, the blocks in fp32."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16 if cfg.bf16 else torch.float32
     model = CrossAttnGPTBigCodeForCausalLM.from_base(cfg.model_path, dtype=dtype, **cross_attn_fields(cfg))
     model.transformer.cross_attn.float()
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
@@ -167,11 +166,3 @@ def say(text: str) -> None:
     """Tell the user, once for all ranks."""
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def quiet_libraries() -> None:
-    """Progress bars only where someone watches; our own tokenizers run in parallel processes, not threads."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers.trainer").setLevel(logging.WARNING)

@@ -1,0 +1,148 @@
+import pickle
+
+import pytest
+import torch
+
+from dssk import prompts
+from dssk.config import parse_experiment
+from dssk.data.collate import Collator, length_mask, pad_states, pad_tokens
+from dssk.data.dataset import IGNORED, CrossAttnDataset
+from dssk.data.store import load_rows
+from dssk.tokenizer import load_tokenizer
+from tests.conftest import experiment
+
+
+@pytest.fixture(scope="module")
+def rows(store_path):
+    return load_rows(store_path)["train"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_path):
+    return load_tokenizer(base_path)
+
+
+@pytest.fixture
+def make(rows, tokenizer, base_path):
+    return lambda training=True, **changes: CrossAttnDataset(
+        rows, tokenizer, parse_experiment(experiment(base_path, **changes)), training
+    )
+
+
+def test_a_question_row_is_the_prompt_the_answer_and_the_end_of_text(make, rows, tokenizer):
+    example, row = make()[3], rows[3]
+    text = f"question: {row['question']} \n answer: {row['answer']}<|endoftext|>"
+    assert tokenizer.decode(example["input_ids"]) == text
+    assert example["labels"] == example["input_ids"]
+    prompt = tokenizer(prompts.question(row["question"]))["input_ids"]
+    assert example["input_ids"][: len(prompt)] == prompt
+    assert torch.equal(example["encoder_hidden_states"], row["encoder_hidden_states"])
+
+
+def test_loss_on_answer_ignores_the_prompt_and_keeps_the_end_of_text(make, rows, tokenizer):
+    example = make(loss_on="answer")[3]
+    learned = [label for label in example["labels"] if label != IGNORED]
+    assert tokenizer.decode(learned) == f" {rows[3]['answer']}<|endoftext|>"
+    assert len(example["labels"]) == len(example["input_ids"])
+    assert example["labels"][0] == IGNORED
+
+
+def test_contexts_are_walked_after_the_questions_and_in_training_only(make, rows, tokenizer):
+    dataset = make(include_context_ids=True)
+    assert len(dataset) == 2 * len(rows)
+    assert len(make(training=False, include_context_ids=True)) == len(rows)
+    texts = [tokenizer.decode(dataset[len(rows) + i]["input_ids"]) for i in range(len(rows))]
+    plain = [f"context: {row['context']}<|endoftext|>" for row in rows]
+    whole = sum(text == expected for text, expected in zip(texts, plain, strict=True))
+    assert 0.25 * len(rows) < whole < 0.75 * len(rows)
+    for text, expected in zip(texts, plain, strict=True):
+        if text != expected:  # suffix, prefix, middle
+            suffix, _, rest = text.removeprefix("<fim_suffix>").partition("<fim_prefix>")
+            prefix, _, middle = rest.removesuffix("<|endoftext|>").partition("<fim_middle>")
+            assert f"{prefix}{middle}{suffix}<|endoftext|>" == expected
+    example = dataset[len(rows)]
+    assert torch.equal(example["encoder_hidden_states"], rows[0]["encoder_hidden_states"])
+
+
+def test_repetition_tasks_follow_the_answer_in_training_only(make, rows, tokenizer):
+    dataset = make(do_repetition_augmentations=True)
+    heads = set()
+    for i, row in enumerate(rows):
+        plain, _, task = (
+            tokenizer.decode(dataset[i]["input_ids"]).removesuffix("<|endoftext|>").partition("<|endoftext|>")
+        )
+        assert plain == f"question: {row['question']} \n answer: {row['answer']}"
+        head, _, text = task.partition(": ")
+        heads.add(head)
+        expected = {
+            "repeat question": row["question"],
+            "repeat answer": row["answer"],
+            "repeat context": row["context"],
+        }
+        assert text == expected.get(head, f"{row['question']} {row['answer']}")
+    assert heads == {"repeat question", "repeat answer", "repeat both", "repeat context"}
+    plain = make(training=False, do_repetition_augmentations=True)[0]["input_ids"]
+    assert plain == make(training=False)[0]["input_ids"]
+
+
+def test_an_example_depends_on_seed_epoch_and_index_alone(make, rows):
+    index = len(rows) + 1
+    examples = [make(include_context_ids=True, seed=seed) for seed in range(12)]
+    first = [dataset[index]["input_ids"] for dataset in examples]
+    assert first == [pickle.loads(pickle.dumps(dataset))[index]["input_ids"] for dataset in examples]
+    assert len(set(map(tuple, first))) > 1
+    for dataset in examples:
+        dataset.set_epoch(1)
+    assert [dataset[index]["input_ids"] for dataset in examples] != first
+
+
+def test_text_and_states_are_cut_to_the_context_size(make):
+    for index in range(40):
+        example = make(include_context_ids=True, context_size=12)[index]
+        assert len(example["input_ids"]) == len(example["labels"]) <= 12
+        assert len(example["encoder_hidden_states"]) <= 12
+
+
+def test_a_cut_context_keeps_its_fill_in_the_middle_markers(make, rows):
+    dataset = make(include_context_ids=True, context_size=12)
+    moved = [dataset[len(rows) + i]["input_ids"] for i in range(len(rows))]
+    moved = [ids for ids in moved if ids[0] == 3]
+    assert moved
+    assert all({1, 2, 3} <= set(ids) and ids[-1] == 0 for ids in moved)
+
+
+def test_online_examples_carry_the_tokens_that_would_be_encoded(make, rows, tokenizer):
+    example = make(encode_online=True)[0]
+    assert tokenizer.decode(example["context_input_ids"]) == f"context: {rows[0]['context']}"
+    assert "encoder_hidden_states" not in example
+
+
+def test_a_batch_is_padded_and_masked(make, tokenizer):
+    dataset = make()
+    examples = [dataset[i] for i in range(5)]
+    batch = Collator(tokenizer.pad_token_id)(examples)
+    assert tokenizer.pad_token_id == 4
+    for row, example in enumerate(examples):
+        length, states = len(example["input_ids"]), example["encoder_hidden_states"]
+        assert batch["input_ids"][row, :length].tolist() == example["input_ids"]
+        assert (batch["input_ids"][row, length:] == 4).all()
+        assert (batch["labels"][row, length:] == IGNORED).all()
+        assert batch["attention_mask"][row].sum() == length
+        assert torch.equal(batch["encoder_hidden_states"][row, : len(states)], states)
+        assert not batch["encoder_hidden_states"][row, len(states) :].any()
+        assert batch["encoder_attention_mask"][row].tolist() == [
+            i < len(states) for i in range(len(batch["encoder_attention_mask"][row]))
+        ]
+    assert batch["encoder_hidden_states"].dtype == torch.bfloat16
+    assert batch["attention_mask"].dtype == batch["encoder_attention_mask"].dtype == torch.bool
+
+
+def test_padding_can_be_on_the_left():
+    assert pad_tokens([[7], [8, 9]], 4, left=True).tolist() == [[4, 7], [8, 9]]
+    assert length_mask([1, 2], left=True).tolist() == [[False, True], [True, True]]
+
+
+def test_states_of_unequal_length_are_padded_with_zeros():
+    padded, mask = pad_states([torch.ones(1, 3), torch.ones(2, 3)])
+    assert padded[0].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert mask.tolist() == [[True, False], [True, True]]

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from dssk import prompts
+from dssk.data.store import load_rows
+from dssk.errors import DsskError
+from dssk.evaluation.evaluate import evaluate, other_rows, sample
+from dssk.evaluation.generate import answer_nll, generate_answers
+from dssk.tokenizer import load_tokenizer
+from tests.conftest import fused
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_path):
+    return load_tokenizer(base_path)
+
+
+@pytest.fixture(scope="module")
+def rows(store_path):
+    return load_rows(store_path)["val"]
+
+
+def test_answers_of_a_batch_are_those_one_by_one(base_path, tokenizer, rows):
+    model = fused(base_path)
+    questions, contexts = rows["question"], rows["encoder_hidden_states"]
+
+    def states(i):
+        return contexts[i]
+
+    together = generate_answers(model, tokenizer, questions, states, batch_size=5, max_new_tokens=8)
+    for i, question in enumerate(questions):
+        (single,) = generate_answers(
+            model, tokenizer, [question], lambda _, i=i: contexts[i], 1, max_new_tokens=8
+        )
+        assert together[i] == single
+
+
+def test_the_context_decides_the_answer(base_path, tokenizer, rows):
+    model = fused(base_path)
+    questions = [rows[0]["question"]] * len(rows)
+    contexts = rows["encoder_hidden_states"]
+    answers = generate_answers(model, tokenizer, questions, lambda i: contexts[i], 4, max_new_tokens=8)
+    assert len(set(answers)) > 1
+    assert len(set(generate_answers(model, tokenizer, questions, lambda i: None, 4, max_new_tokens=8))) == 1
+
+
+@pytest.mark.parametrize("with_context", [True, False])
+def test_the_likelihood_is_that_of_the_answers_tokens_alone(base_path, tokenizer, rows, with_context):
+    model = fused(base_path)
+    contexts = rows["encoder_hidden_states"] if with_context else [None] * len(rows)
+    questions, answers = rows["question"], rows["answer"]
+    losses = answer_nll(model, tokenizer, questions, answers, lambda i: contexts[i], batch_size=5)
+    for i, loss in enumerate(losses):
+        prompt = tokenizer(prompts.question(questions[i]), return_tensors="pt")["input_ids"]
+        target = tokenizer(prompts.answer(answers[i]) + "<|endoftext|>", return_tensors="pt")["input_ids"]
+        labels = torch.cat([torch.full_like(prompt, -100), target], 1)
+        states = {} if contexts[i] is None else {"encoder_hidden_states": contexts[i][None]}
+        with torch.no_grad():
+            expected = model(torch.cat([prompt, target], 1), labels=labels, **states).loss
+        assert loss == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_wrong_context_is_never_the_right_one():
+    contexts = ["a", "a", "b", "c", "c", "c"]
+    wrong = other_rows(contexts)
+    assert all(contexts[j] != contexts[i] for i, j in enumerate(wrong))
+    with pytest.raises(DsskError, match="share one context"):
+        other_rows(["a", "a"])
+
+
+def test_a_sample_is_spread_over_the_rows_and_always_the_same(rows):
+    assert len(sample(rows, None)) == len(sample(rows, 10**6)) == len(rows)
+    picked = sample(rows, 4)["id"]
+    assert list(picked) == [
+        rows["id"][i] for i in (0, round((len(rows) - 1) / 3), round((len(rows) - 1) * 2 / 3), -1)
+    ]
+
+
+def test_scores_are_computed_for_every_control(base_path, tokenizer, rows):
+    scores, predictions = evaluate(fused(base_path), tokenizer, rows, batch_size=4, max_new_tokens=6)
+    for control in ("with_context", "no_context", "wrong_context"):
+        assert set(scores[control]) == {"em", "f1", "n", "span_em", "answer_nll"}
+        assert scores[control]["n"] == len(rows)
+    assert 0 <= scores["right_beats_wrong"] <= 1
+    losses = [(p["with_context"]["answer_nll"], p["wrong_context"]["answer_nll"]) for p in predictions]
+    assert scores["right_beats_wrong"] == pytest.approx(sum(a < b for a, b in losses) / len(losses), abs=1e-3)
+    assert [p["id"] for p in predictions] == list(rows["id"])

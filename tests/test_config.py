@@ -1,0 +1,124 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dssk.config import (
+    ExperimentConfig,
+    apply_overrides,
+    expand_group,
+    experiment_id,
+    parse_experiment,
+)
+from dssk.errors import DsskError
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.training.run import cross_attn_fields
+from exp_configs import BASE_CONFIG, EXP_GROUPS
+
+LAYERS_AND_HEADS = {  # of the published base models
+    "runs/demo/base": (2, 4),
+    "TabbyML/SantaCoder-1B": (24, 16),
+    "bigcode/starcoder": (40, 48),
+    "bigcode/starcoderbase-1b": (24, 16),
+    "bigcode/starcoderbase-3b": (36, 22),
+    "bigcode/starcoderbase-7b": (42, 32),
+    "HuggingFaceH4/starchat-alpha": (40, 48),
+}
+EXPERIMENTS = [(group, exp) for group, exps in EXP_GROUPS.items() for exp in expand_group(exps)]
+
+
+def test_every_key_of_the_base_configuration_is_known_and_none_is_missing():
+    assert set(BASE_CONFIG) == set(ExperimentConfig.model_fields)
+
+
+@pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
+def test_every_experiment_is_valid_and_fits_its_base_model(group, exp_dict):
+    cfg = parse_experiment(exp_dict)
+    layers, heads = LAYERS_AND_HEADS[cfg.model_path]
+    model = CrossAttnGPTBigCodeConfig(
+        n_layer=layers, n_head=heads, n_embd=128 * heads, **cross_attn_fields(cfg)
+    )
+    assert len(model.cross_attn_layers) == cfg.num_cross_attn_layers
+
+
+def test_the_groups_of_the_founding_document_are_there():
+    names = "tiny santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
+    assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()}
+
+
+def test_an_unknown_key_is_refused_naming_the_nearest_known_one():
+    with pytest.raises(DsskError, match="unknown key learning_rat, did you mean learning_rate?"):
+        parse_experiment({**BASE_CONFIG, "learning_rat": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skip_steps": 0}, "skip_steps is 0"),
+        ({"bf16": 1}, "bf16 is 1"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'"),
+        ({"fp16": True, "bf16": True}, "at most one"),
+        ({"cross_attn_dropout_prob": 1.0}, "cross_attn_dropout_prob is 1.0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_key_and_value(change, message):
+    with pytest.raises(DsskError, match=message):
+        parse_experiment({**BASE_CONFIG, **change})
+
+
+def test_all_faults_are_named_at_once_and_on_one_line():
+    with pytest.raises(DsskError) as caught:
+        parse_experiment({**BASE_CONFIG, "skip_steps": 0, "sed": 1, "bf16": "no"})
+    message = str(caught.value)
+    assert all(word in message for word in ("skip_steps", "did you mean seed", "bf16"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", BASE_CONFIG)
+def test_a_missing_key_is_refused_by_name(key):
+    with pytest.raises(DsskError, match=f"key {key} is missing"):
+        parse_experiment({k: v for k, v in BASE_CONFIG.items() if k != key})
+
+
+@pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
+def test_a_configuration_survives_json(group, exp_dict):
+    cfg = parse_experiment(exp_dict)
+    assert parse_experiment(json.loads(json.dumps(cfg.model_dump()))) == cfg
+
+
+def test_a_list_as_a_value_stands_for_one_experiment_with_each_element():
+    grid = expand_group([{"a": [1, 2], "b": 3, "c": ["x", "y"]}])
+    assert grid == [{"a": a, "b": 3, "c": c} for a in (1, 2) for c in ("x", "y")]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(BASE_CONFIG)), st.one_of(st.none(), st.integers(), st.text(max_size=5))
+    )
+)
+def test_the_id_of_an_experiment_depends_on_its_content_alone(exp_dict):
+    shuffled = dict(reversed(exp_dict.items()))
+    assert experiment_id(exp_dict) == experiment_id(shuffled)
+    assert len(experiment_id(exp_dict)) == 32
+    assert experiment_id({**exp_dict, "other": 0}) != experiment_id(exp_dict)
+
+
+def test_the_id_is_the_one_that_haven_gives():
+    haven_utils = pytest.importorskip("haven.haven_utils")
+    for _, exp_dict in EXPERIMENTS:
+        assert experiment_id(exp_dict) == haven_utils.hash_dict(exp_dict)
+
+
+def test_overrides_are_json_or_plain_text():
+    changed = apply_overrides(BASE_CONFIG, ["learning_rate=1e-4", "fp16=false", "model_path=a/b", "seed=3"])
+    assert (changed["learning_rate"], changed["fp16"], changed["model_path"], changed["seed"]) == (
+        1e-4,
+        False,
+        "a/b",
+        3,
+    )
+    assert BASE_CONFIG["seed"] == 0
+    with pytest.raises(DsskError, match="want key=value"):
+        apply_overrides(BASE_CONFIG, ["seed"])
