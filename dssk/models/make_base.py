@@ -9,8 +9,6 @@ starts (`structured_init_`).
 """
 
 import argparse
-import gzip
-import hashlib
 import json
 import math
 import shutil
@@ -37,6 +35,8 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAtten
 
 from dssk import flags, prompts
 from dssk.data import toy
+from dssk.data.fingerprint import file_fingerprint
+from dssk.data.sources import BadRow, Dropped, read_rows, to_qa
 from dssk.errors import DsskError, run
 from dssk.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 
@@ -51,7 +51,7 @@ Page = tuple[str, list[tuple[str, str]]]  # a paragraph, and (question, answer) 
 class Settings:
     """What a base is made of and how; two equal settings make the same base."""
 
-    source: tuple[str, ...]  # "toy", or the text files' digests
+    source: tuple[str, ...]  # "toy", or the text files' fingerprints
     tokenizer: str  # "bpe:SIZE", or a folder
     lower_case: bool
     hidden_size: int
@@ -63,6 +63,18 @@ class Settings:
     learning_rate: float
     seed: int
     template_version: int = prompts.TEMPLATE_VERSION
+
+    def __post_init__(self) -> None:
+        if self.heads < 2 or self.hidden_size % (2 * self.heads):
+            raise DsskError(
+                f"--hidden_size {self.hidden_size} with --heads {self.heads}: want at least 2 heads, each an even "
+                "number of units wide"
+            )
+        if self.steps < 0 or not self.learning_rate > 0:
+            raise DsskError(
+                f"--steps {self.steps} with --learning_rate {self.learning_rate}: want at least 0 steps and a "
+                "rate above 0"
+            )
 
 
 def make_base(output: Path, settings: Settings, pages: list[Page]) -> None:
@@ -232,28 +244,18 @@ def _batches(
             yield labels.clamp(min=0), labels  # what stands at padding is never read: it is on the right
 
 
-def read_pages(path: Path) -> list[Page]:
-    """The paragraphs of a JSONL(.gz) file of `context`, `question`, `answer` (or `answers.text`) a line."""
+def read_pages(paths: list[Path]) -> list[Page]:
+    """The contexts of QA files in any schema that preprocessing reads, each with its questions and answers."""
     pages: dict[str, list[tuple[str, str]]] = {}
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                answers = row["answers"]["text"] if "answers" in row else [row["answer"]]
-                pages.setdefault(_plain(row["context"]), []).append((row["question"], answers[0]))
-    except OSError as error:
-        raise DsskError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DsskError(
-            f"{path} is no QA file: every line wants a JSON object with context, question and answer"
-        ) from error
+    for row in read_rows(map(str, paths)):
+        try:
+            qa = to_qa(row)
+        except (BadRow, Dropped):  # preprocessing reports them; text to learn from can do without
+            continue
+        pages.setdefault(qa.context, []).append((qa.question, qa.answers[0]))
+    if not pages:
+        raise DsskError(f"no usable row in {paths[0]}: want rows of context, question and answer")
     return list(pages.items())
-
-
-def _plain(context: str) -> str:
-    """The text without Natural Questions' HTML tokens."""
-    return " ".join(word for word in context.split(" ") if not (word.startswith("<") and word.endswith(">")))
 
 
 def _tokenizer(settings: Settings, pages: list[Page]) -> PreTrainedTokenizerBase:
@@ -300,8 +302,8 @@ def _finished(output: Path, settings: Settings) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.text:
-        source = tuple(_digest(path) for path in args.text)
-        pages = [page for path in args.text for page in read_pages(path)]
+        pages = read_pages(args.text)
+        source = tuple(file_fingerprint(path) for path in args.text)
     else:
         source = ("toy",)
         pages = toy.pages(TOY_PAGES, args.seed)
@@ -350,14 +352,6 @@ def _tokenizer_flag(text: str) -> str:
     if kind == "bpe" and not (size.isdecimal() and int(size) >= smallest):
         raise argparse.ArgumentTypeError(f"got {text!r}, want bpe:SIZE of at least {smallest}, or a folder")
     return text
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DsskError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
