@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import eager_attention_forward
@@ -107,7 +106,7 @@ class CrossAttention(nn.Module):
             queries,
             keys,
             values,
-            attention_mask(mask, implementation, queries),
+            attention_mask(mask, implementation, queries.dtype),
             scaling=self.scaling,
             dropout=0.0,
         )  # (C, G * r * T, K, D)
@@ -121,23 +120,14 @@ class CrossAttention(nn.Module):
         return self.c_proj(attended), weights
 
 
-def attention_mask(mask: torch.Tensor | None, implementation: str | None, queries: torch.Tensor):
-    """What `implementation` takes for a boolean mask over context tokens (C, S), the same for every query."""
+def attention_mask(
+    mask: torch.Tensor | None, implementation: str | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """A boolean mask over context tokens (C, S) as `implementation` takes it, the same for every query."""
     if mask is None or implementation == "sdpa":
         return None if mask is None else mask[:, None, None, :]
-    if implementation == "flex_attention":
-        return create_block_mask(
-            lambda context, head, query, key: mask[context, key],
-            B=len(mask),
-            H=None,
-            Q_LEN=queries.shape[2],
-            KV_LEN=mask.shape[1],
-            device=mask.device,
-        )
-    blocked = torch.finfo(queries.dtype).min
-    return torch.zeros(mask.shape, dtype=queries.dtype, device=mask.device).masked_fill(~mask, blocked)[
-        :, None, None
-    ]
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 class CrossAttnMLP(nn.Module):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTBigCodeForCausal
 
 from dssk.models.cross_attention import CrossAttnOutput
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, hide_tokens, is_cross_attn
+from dssk.tokenizer import load_tokenizer
 from tests.conftest import fused, make_base
 
 LAYOUTS = [
@@ -457,3 +458,30 @@ def test_base_class_still_loads_the_fused_models_base_weights(base_path, base, t
         names = set(file.keys())
     plain = GPTBigCodeForCausalLM.from_pretrained(base_path)
     assert {n for n, _ in plain.named_parameters()} <= names | {"lm_head.weight"}
+
+
+# What else a user of transformers expects
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step_equals_an_eager_one(base_path, tokens):
+    model, ids = fused(base_path).train(), tokens(2, 11)
+    inputs = context(model, tokens)
+    expected = gradients(model, ids, inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    compiled(ids, labels=ids, **inputs).loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+
+
+def test_a_text_generation_pipeline_answers_a_batch(base_path, tmp_path):
+    from transformers import pipeline
+
+    model, tokenizer = fused(base_path), load_tokenizer(base_path)
+    tokenizer.padding_side = "left"
+    states, _ = model.encode(tokenizer("context: a mill", return_tensors="pt")["input_ids"])
+    answer = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+    how = {"max_new_tokens": 4, "do_sample": False, "context": model.project_context(states)}
+    together = answer(["question: who \n answer:", "question: when was it built \n answer:"], **how)
+    assert together[0] == answer("question: who \n answer:", **how)
