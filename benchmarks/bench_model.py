@@ -25,16 +25,22 @@ class Layout(NamedTuple):
     size: str
     num_cross_attn_layers: int
     cross_attn_layers_stride: int
-    cross_attn_shared_weights: bool
+    cross_attn_shared_weights: bool = True
+    cross_attn_final_layer: bool = False
     cross_attn_num_key_value_heads: int | None = None
 
 
-LAYOUTS = {  # "small" and "medium" share weights, as BASE_CONFIG does
-    "small": Layout("SMALL", 3, 2, True),
-    "small_unshared": Layout("SMALL", 3, 2, False),
-    "small_multi_query": Layout("SMALL", 3, 2, False, 1),
-    "medium": Layout("MEDIUM", 4, 2, True),
-    "medium_unshared": Layout("MEDIUM", 3, 3, False),
+# "small" and "medium" have the four blocks with shared weights of BASE_CONFIG, after their layers as the larger
+# experiments have them (six layers cannot hold four blocks at stride 2); the others vary one thing or two.
+LAYOUTS = {
+    "small": Layout("SMALL", 4, 1, cross_attn_final_layer=True),
+    "small_before": Layout("SMALL", 4, 1),
+    "small_unshared": Layout("SMALL", 3, 2, cross_attn_shared_weights=False),
+    "small_multi_query": Layout(
+        "SMALL", 3, 2, cross_attn_shared_weights=False, cross_attn_num_key_value_heads=1
+    ),
+    "medium": Layout("MEDIUM", 4, 2, cross_attn_final_layer=True),
+    "medium_unshared": Layout("MEDIUM", 3, 3, cross_attn_shared_weights=False),
 }
 QUESTION_TOKENS, NEW_TOKENS = 16, 24
 TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS, TRAIN_LABELS = 4, 512, 64, 16
@@ -205,7 +211,7 @@ def training_flops(model) -> float:
     width = config.cross_attn_hidden_size
     kv = 2 * (d // config.n_head if config.multi_query else d)
     layer = 2 * tokens_ * (d * (d + kv) + d * d + 8 * d * d) + 4 * tokens_ * TRAIN_TOKENS * d
-    layers_with_backward = config.n_layer - min(config.cross_attn_layers)
+    layers_with_backward = config.n_layer - min(config.cross_attn_layers) - config.cross_attn_final_layer
     positions, distinct = config.num_cross_attn_layers, len(model.transformer.cross_attn)
     kv_width = width // config.cross_attn_num_attention_heads * config.cross_attn_num_key_value_heads
     attention = 4 * tokens_ * TRAIN_CONTEXT * width  # scores and weighted values

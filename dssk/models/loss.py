@@ -38,6 +38,13 @@ def next_token_loss(
     return total / (max(len(targets), 1) if num_items is None else num_items)
 
 
+def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Positions (B, N) whose next token in `labels` (B, T) is labelled; rows with fewer than N get others as well."""
+    labelled = labels[:, 1:] != -100
+    longest = int(labelled.sum(-1).max())
+    return labelled.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+
+
 def _chunks(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, size: int):
     return ((s, head, t) for s, t in zip(states.split(size), targets.split(size), strict=True))
 

@@ -35,7 +35,7 @@ from dssk.models.cross_attention import (
     CrossAttnOutput,
     ProjectedContext,
 )
-from dssk.models.loss import next_token_loss
+from dssk.models.loss import labelled_positions, next_token_loss
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -56,21 +56,30 @@ class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
         self._cross_attn = (cross_attn,)
         self._index = index
         self._final = config.cross_attn_final_layer
+        self._last = layer_idx == config.n_layer - 1
 
-    def __call__(self, hidden_states, *args, context: ProjectedContext | None = None, **kwargs):
+    def __call__(self, hidden_states, *args, context: ProjectedContext | None = None, needed=None, **kwargs):
         """Hand keys and values on as positional arguments: reentrant checkpointing tracks gradients only of those."""
         if context is None:
             return super().__call__(hidden_states, *args, **kwargs)
         keys, values = context.keys[self._index], context.values[self._index]
-        return super().__call__(hidden_states, keys, values, context_mask=context.mask, **kwargs)
+        return super().__call__(
+            hidden_states, keys, values, context_mask=context.mask, needed=needed, **kwargs
+        )
 
-    def forward(self, hidden_states, keys=None, values=None, context_mask=None, **kwargs):
+    def forward(self, hidden_states, keys=None, values=None, context_mask=None, needed=None, **kwargs):
         if values is None:
             return super().forward(hidden_states, **kwargs)
         (cross_attn,) = self._cross_attn
-        if self._final:
-            return cross_attn(super().forward(hidden_states, **kwargs), keys, values, context_mask)
-        return super().forward(cross_attn(hidden_states, keys, values, context_mask), **kwargs)
+        if not self._final:
+            return super().forward(cross_attn(hidden_states, keys, values, context_mask), **kwargs)
+        hidden_states = super().forward(hidden_states, **kwargs)
+        if needed is None or not self._last:
+            return cross_attn(hidden_states, keys, values, context_mask)
+        # Nothing above looks at other positions: only those that the loss reads need to pass the block.
+        index = needed[..., None].expand(-1, -1, hidden_states.shape[-1])
+        picked = cross_attn(hidden_states.gather(1, index), keys, values, context_mask)
+        return hidden_states.scatter(1, index, picked)
 
 
 class CrossAttnGPTBigCodeModel(GPTBigCodeModel):
@@ -307,7 +316,7 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
             labels: (B, T), -100 = ignored. They are shifted here, as in all of transformers.
             num_items_in_batch: divisor of the summed loss; the labels of this batch if not given.
             skip_logits: with labels, return no logits and never compute those of unlabelled positions;
-                the default in train mode.
+                the default in train mode. The last hidden states of such positions are then not to be used.
         """
         if context is None:
             context = self._read_context(
@@ -323,12 +332,14 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         }
         if labels is None:
             return super().forward(input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        if skip_logits and context is not None and self.config.cross_attn_final_layer:
+            inputs["needed"] = labelled_positions(labels)
         outputs = self.transformer(input_ids, use_cache=bool(use_cache) and not self.training, **inputs)
         hidden_states = outputs.last_hidden_state
         loss = next_token_loss(
             hidden_states, self.lm_head.weight, labels, num_items_in_batch, label_smoothing
         )
-        skip_logits = self.training if skip_logits is None else skip_logits
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=None if skip_logits else self.lm_head(hidden_states),

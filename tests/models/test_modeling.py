@@ -119,6 +119,23 @@ def gradients(model, ids, inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("fields", LAYOUTS)
+def test_leaving_out_positions_without_a_label_changes_neither_loss_nor_gradients(base_path, tokens, fields):
+    model, ids = fused(base_path, **fields).train(), tokens(3, 11)
+    labels = ids.clone()
+    labels[0, :8] = -100
+    labels[1, 5:9] = -100
+    labels[2] = -100  # such a row exists where every label was cut off
+    inputs = context(model, tokens, rows=3)
+    found = {}
+    for skip_logits in (True, False):
+        model.zero_grad()
+        loss = model(ids, labels=labels, skip_logits=skip_logits, **inputs).loss
+        loss.backward()
+        found[skip_logits] = [loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+    torch.testing.assert_close(found[True], found[False])
+
+
 def test_nothing_below_the_lowest_block_is_kept_for_the_backward_pass(base_path, tokens):
     model, ids = fused(base_path, num_cross_attn_layers=1).train(), tokens(2, 11)
     seen = {}
