@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from dssk import files
 from dssk.data import plan as planning
 from dssk.data import store
+from dssk.data.collate import length_mask, pad_tokens
 from dssk.data.plan import Plan, PlannedShard
 from dssk.data.ranks import Ranks
 from dssk.errors import Diverged, DsskError, EnvironmentFault
@@ -327,13 +328,10 @@ class _Encoder:
         return torch.cat([self._states(first), self._states(second)])
 
     def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
-        lengths = torch.tensor([len(ids) for ids in input_ids])
-        longest = int(lengths.max())
-        padded = torch.tensor([ids + [_PAD_ID] * (longest - len(ids)) for ids in input_ids])
-        mask = torch.arange(longest) < lengths[:, None]  # (B, S)
         device = self._model.device
-        states = encode(self._model, padded.to(device), mask.to(device))  # (B, S, hidden_size)
-        return states[mask.to(device)]
+        mask = length_mask([len(ids) for ids in input_ids]).to(device)  # (B, S)
+        padded = pad_tokens(input_ids, _PAD_ID).to(device)  # (B, S)
+        return encode(self._model, padded, mask)[mask]
 
 
 def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:

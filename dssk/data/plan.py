@@ -165,13 +165,17 @@ def make_plan(
         shards=contexts.planned,
     )
     files.publish_text(folder / STAGING / PLAN, plan.model_dump_json(indent=1) + "\n")
+    for path in staged.values():
+        files.remove(path)
     return plan
 
 
 def load_plan(folder: Path) -> Plan | None:
     """The plan of an unfinished store, if it got that far."""
-    path = folder / STAGING / PLAN
-    return Plan.model_validate_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return Plan.model_validate_json((folder / STAGING / PLAN).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def shard_tokens(folder: Path, index: int) -> pa.RecordBatch:

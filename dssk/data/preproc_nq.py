@@ -137,9 +137,12 @@ def _prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.
     )
     settings = _settings(args, config, source)
     folder = args.data_cache_path / "processed_data" / Path(args.embedding_model).name
-    files.make_folder(folder.parent)
-    locks.enter_context(store.lock(folder))
+    staging = folder / planning.STAGING
+    if staging.exists() or not _is_complete(folder, settings):  # a complete one may lie on a read-only disk
+        files.make_folder(folder.parent)
+        locks.enter_context(store.lock(folder))
     if _is_complete(folder, settings):
+        files.remove(staging)
         print(f"Encoded contexts found in {folder}: used again.")
         return None
     plan = _resume(folder, settings) or _start(folder, settings, source, args)
@@ -208,7 +211,6 @@ def _is_complete(folder: Path, settings: store.Settings) -> bool:
     manifest = store.load_manifest(folder)
     _require_same(folder, manifest.settings, settings)
     store.check_sizes(folder, manifest)
-    files.remove(folder / planning.STAGING)
     return True
 
 

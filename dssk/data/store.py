@@ -365,8 +365,10 @@ class Shard:
     def __init__(self, path: Path, storage_dtype: StorageDtype, hidden_size: int):
         self._dtype = TORCH_DTYPES[storage_dtype]
         self._hidden_size = hidden_size
-        self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        buffer = pa.py_buffer(self._bytes.numpy())
+        num_bytes = path.stat().st_size
+        # torch keeps no file open for its map, so that thousands of shards can be open at once
+        self._map = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy()
+        buffer = pa.py_buffer(self._map)
         table = pa.ipc.open_stream(buffer).read_all()
         self._num_tokens: list[int] = table["n_tokens"].to_pylist()
         self._starts = _value_starts(table["encoder_hidden_states"], buffer.address)
@@ -385,7 +387,8 @@ class Shard:
         return states.to(SCALE_DTYPE) * scale[:, None]
 
     def _view(self, dtype: torch.dtype, count: int, start: int) -> torch.Tensor:
-        return self._bytes[start : start + count * dtype.itemsize].view(dtype)
+        # not a slice of the map: a loader's worker would send all of that
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
 
 
 def _value_starts(column: pa.ChunkedArray, base: int) -> list[int]:
