@@ -1,12 +1,15 @@
 """How fast the fused model answers and trains: `make bench-model`, at most ten minutes, `results/model.json`."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -14,6 +17,8 @@ from typing import NamedTuple
 import torch
 from common import SIZES, Results, interleaved, random_base
 from original import Original
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 from dssk.models.base import load_base
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
@@ -28,12 +33,15 @@ class Layout(NamedTuple):
     cross_attn_shared_weights: bool = True
     cross_attn_final_layer: bool = False
     cross_attn_num_key_value_heads: int | None = None
+    cross_attn_hidden_size: int | None = None
 
 
 # "small" and "medium" have the four blocks with shared weights of BASE_CONFIG, after their layers as the larger
-# experiments have them (six layers cannot hold four blocks at stride 2); the others vary one thing or two.
+# experiments have them (six layers cannot hold four blocks at stride 2). "narrow" blocks are narrower than the decoder,
+# as those of crossattn_starcoderbase-3b and -7b are. The others vary one thing or two.
 LAYOUTS = {
     "small": Layout("SMALL", 4, 1, cross_attn_final_layer=True),
+    "small_narrow": Layout("SMALL", 4, 1, cross_attn_final_layer=True, cross_attn_hidden_size=64),
     "small_before": Layout("SMALL", 4, 1),
     "small_unshared": Layout("SMALL", 3, 2, cross_attn_shared_weights=False),
     "small_multi_query": Layout(
@@ -42,6 +50,8 @@ LAYOUTS = {
     "medium": Layout("MEDIUM", 4, 2, cross_attn_final_layer=True),
     "medium_unshared": Layout("MEDIUM", 3, 3, cross_attn_shared_weights=False),
 }
+GENERATION = ("small_narrow", "small", "small_multi_query", "medium")
+TRAINING = ("small", "small_before", "small_unshared", "medium", "medium_unshared")
 QUESTION_TOKENS, NEW_TOKENS = 16, 24
 TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS, TRAIN_LABELS = 4, 512, 64, 16
 
@@ -59,29 +69,57 @@ def tokens(model, *shape: int) -> torch.Tensor:
     return torch.randint(5, model.config.vocab_size, shape)
 
 
-def generate(model, ids: torch.Tensor, new_tokens: int, **context) -> None:
-    model.generate(
-        ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=4, **context
-    )
+class Latencies(BaseStreamer):
+    """Seconds to the first token and to each later one of `generate`, over several calls."""
 
+    def __init__(self):
+        self.first: list[float] = []
+        self.later: list[float] = []
 
-def per_later_token(seconds: dict[str, float], name: str) -> float:
-    return (seconds[f"{name} all"] - seconds[f"{name} one"]) / (NEW_TOKENS - 1)
+    def measure(self, model, ids: torch.Tensor, **context) -> None:
+        self._stamps = [time.perf_counter()]
+        how = {
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "pad_token_id": 4,
+        }
+        model.generate(ids, streamer=self, **how, **context)
+        _, _, *tokens_ = self._stamps  # the start, the prompt, then every new token
+        self.first.append(tokens_[0] - self._stamps[0])
+        self.later += [after - before for before, after in pairwise(tokens_)]
+
+    def put(self, value) -> None:
+        self._stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class Stopwatch:
-    """Seconds spent inside the cross-attention blocks while they do their work in the model."""
+    """Seconds a call that the cross-attention blocks take while they do their work in the model."""
 
     def __init__(self, model: CrossAttnGPTBigCodeForCausalLM):
-        self.seconds = 0.0
+        self.calls: list[float] = []
         for block in model.transformer.cross_attn:
             block.forward = partial(self._timed, block.forward)
 
-    def _timed(self, forward, *args):
+    def _timed(self, forward, hidden_states, *args):
         start = time.perf_counter()
-        output = forward(*args)
-        self.seconds += time.perf_counter() - start
+        output = forward(hidden_states, *args)
+        if hidden_states.shape[1] == 1:  # a later token
+            self.calls.append(time.perf_counter() - start)
         return output
+
+
+def in_turns(latencies: list[tuple[Latencies, Callable[[Latencies], None]]], rounds: int) -> None:
+    """Let all measure in turns; the first round warms up and does not count."""
+    for round_number in range(rounds + 1):
+        for measured, call in latencies:
+            call(measured)
+            if not round_number:
+                measured.first.clear()
+                measured.later.clear()
 
 
 @torch.no_grad()
@@ -92,29 +130,21 @@ def bench_later_tokens(
     base, model = load_base(folder / LAYOUTS[layout].size), fused(folder, layout)
     ids = tokens(model, batch, QUESTION_TOKENS)
     context = model.project_context(*model.encode(tokens(model, batch, context_tokens)))
-    stopwatch, inside = Stopwatch(model), []
-
-    def ours() -> None:
-        stopwatch.seconds = 0.0
-        generate(model, ids, NEW_TOKENS, context=context)
-        inside.append(stopwatch.seconds / NEW_TOKENS)
-
-    seconds = interleaved(
-        {
-            "base one": partial(generate, base, ids, 1),
-            "base all": partial(generate, base, ids, NEW_TOKENS),
-            "ours one": partial(generate, model, ids, 1, context=context),
-            "ours all": ours,
-        },
+    stopwatch, bare, ours = Stopwatch(model), Latencies(), Latencies()
+    in_turns(
+        [
+            (bare, lambda measured: measured.measure(base, ids)),
+            (ours, lambda measured: measured.measure(model, ids, context=context)),
+        ],
         rounds,
     )
-    whole, reference = per_later_token(seconds, "ours"), per_later_token(seconds, "base")
-    blocks = median(inside[1:])
+    reference, blocks = median(bare.later), median(stopwatch.calls) * model.config.num_cross_attn_layers
+    outside = median(ours.later) - blocks
     results.add(
         "later_token_over_base",
-        1e3 * (whole - blocks),
+        1e3 * outside,
         1e3 * reference,
-        (whole - blocks) / reference,
+        outside / reference,
         "ms/token outside the blocks",
         layout=layout,
         context=context_tokens,
@@ -134,40 +164,29 @@ def bench_against_prompt(
     states, mask = model.encode(context_ids)
     context = model.project_context(states, mask)
     stored = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-    seconds = interleaved(
-        {
-            "base one": partial(generate, base, prompt, 1),
-            "base all": partial(generate, base, prompt, NEW_TOKENS),
-            "ours one": partial(generate, model, ids, 1, context=context),
-            "ours all": partial(generate, model, ids, NEW_TOKENS, context=context),
-            "from states": partial(generate, model, ids, 1, **stored),
-        },
+    prompted, ours, from_states = Latencies(), Latencies(), Latencies()
+    in_turns(
+        [
+            (prompted, lambda measured: measured.measure(base, prompt)),
+            (ours, lambda measured: measured.measure(model, ids, context=context)),
+            (from_states, lambda measured: measured.measure(model, ids, **stored)),
+        ],
         rounds,
     )
     settings = {"layout": layout, "context": context_tokens, "batch": 1}
-    ours, reference = per_later_token(seconds, "ours"), per_later_token(seconds, "base")
-    results.add(
-        "later_token_vs_prompt_1500", 1e3 * ours, 1e3 * reference, reference / ours, "ms/token", **settings
-    )
-    first, from_states, cold = (seconds[name] for name in ("ours one", "from states", "base one"))
-    results.add(
-        "first_token_vs_prompt_1500",
-        1e3 * first,
-        1e3 * cold,
-        cold / first,
-        "ms",
-        **settings,
-        given="projected",
-    )
-    results.add(
-        "first_token_from_states_1500",
-        1e3 * from_states,
-        1e3 * cold,
-        cold / from_states,
-        "ms",
-        **settings,
-        given="states",
-    )
+    for row, mine, reference in (
+        ("later_token_vs_prompt_1500", ours.later, prompted.later),
+        ("first_token_vs_prompt_1500", ours.first, prompted.first),
+        ("first_token_from_states_1500", from_states.first, prompted.first),
+    ):
+        results.add(
+            row,
+            1e3 * median(mine),
+            1e3 * median(reference),
+            median(reference) / median(mine),
+            "ms",
+            **settings,
+        )
 
 
 def train_step(model, batch: dict[str, torch.Tensor]) -> None:
@@ -306,7 +325,7 @@ def memory_status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=9, help="timed rounds, of which the median counts (%(default)s)"
+        "--rounds", type=int, default=7, help="timed rounds, of which the median counts (%(default)s)"
     )
     parser.add_argument("--only", choices=["generation", "training"], help="one half of the rows")
     parser.add_argument("--peak_memory", choices=["ours", "original"], help=argparse.SUPPRESS)
@@ -314,6 +333,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     if args.peak_memory:
         return print_peak_memory(args.folder, args.layout, args.peak_memory)
 
@@ -323,13 +343,13 @@ def main() -> None:
         folder = Path(name)
         for size in SIZES:
             random_base(size, folder)
-        for layout in LAYOUTS:
-            if args.only != "training":
-                for context_tokens in (512, 1500):
-                    for batch in (1, 8):
-                        bench_later_tokens(results, folder, layout, context_tokens, batch, args.rounds)
+        if args.only != "training":
+            for layout in GENERATION:
+                for context_tokens, batch in itertools.product((512, 1500), (1, 8)):
+                    bench_later_tokens(results, folder, layout, context_tokens, batch, args.rounds)
                 bench_against_prompt(results, folder, layout, args.rounds)
-            if args.only != "generation":
+        if args.only != "generation":
+            for layout in TRAINING:
                 bench_training(results, folder, layout, args.rounds)
     results.write()
     print(f"{time.perf_counter() - start:.0f} s")
