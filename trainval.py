@@ -2,14 +2,23 @@
 
 import sys
 
+import job_configs
 from dssk.cli import parse_args
 from dssk.errors import run
+from dssk.jobs.submit import submit
 from dssk.training.run import train
+from dssk.wandb_key import give_key_to_wandb
 from exp_configs import EXP_GROUPS
 
 
 def main() -> None:
-    train(parse_args(), EXP_GROUPS)
+    args = parse_args()
+    if args.job_scheduler:
+        submit(args, EXP_GROUPS, job_configs)
+        return
+    if args.wandb_project_name:
+        give_key_to_wandb()
+    train(args, EXP_GROUPS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dssk.flags import Parser, bool_flag, optional_str, positive_int
 
 DEFAULT_STEPS = 1_000
 DEFAULT_LOG_EVERY = 100
+JOB_ACTIONS = ("run", "status", "reset", "kill", "logs")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunArgs:
     data_path: str
     reset: bool
     job_scheduler: str | None
+    job_action: str | None
     python_binary: str
     steps: int
     log_every: int
@@ -34,6 +36,14 @@ class RunArgs:
     dist_url: str | None
     local_rank: int
     overrides: list[str]
+
+
+def job_action(text: str) -> str | None:
+    """Parse `--job_action`."""
+    action = optional_str(text)
+    if action not in (None, *JOB_ACTIONS):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want {', '.join(JOB_ACTIONS)}")
+    return action
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("launchers")
     how.add_argument(
         "-j", "--j", "--job_scheduler", dest="job_scheduler", type=optional_str, help="toolkit or slurm"
+    )
+    how.add_argument(
+        "--job_action",
+        type=job_action,
+        metavar="ACTION",
+        help="what to do with the jobs of -j: run those that have not run or failed (default; a terminal is asked), "
+        "status, reset (stop and start afresh), kill, logs",
     )
     how.add_argument(
         "--python_binary", default="python", help="what starts a job; NGPUS becomes its number of GPUs"

@@ -8,7 +8,7 @@ from tests.conftest import REPOSITORY
 
 # A module may import those of its own level and of the levels above its line.
 LEVELS = [
-    ["errors", "flags", "prompts", "files", "console"],
+    ["errors", "flags", "prompts", "files", "console", "wandb_key"],
     ["config", "tokenizer"],
     ["models.configuration", "models.cross_attention", "models.loss", "models.modeling", "models.base"],
     ["data", "models.make_base"],
@@ -16,6 +16,7 @@ LEVELS = [
     ["evaluation"],
     ["cli"],
     ["training"],
+    ["jobs"],
 ]
 
 

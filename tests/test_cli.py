@@ -17,7 +17,7 @@ def test_the_flags_are_these_and_no_others():
         *("-h", "--help", "-e", "--exp_group", "--exp_id", "--set", "-sb", "--savedir_base", "--data_path"),
         *("-r", "--reset", "--steps", "--log_every", "--push_to_hub", "-j", "--j", "--job_scheduler"),
         *("--wandb_entity_name", "--wandb_project_name", "--wandb_run_name", "--wandb_log_gradients"),
-        *("--python_binary", "--deepspeed", "--dist_url", "--local_rank"),
+        *("--job_action", "--python_binary", "--deepspeed", "--dist_url", "--local_rank"),
     }
     assert all(action.help for action in build_parser()._actions)
 
@@ -69,6 +69,7 @@ def test_flags_survive_being_sent_again_as_name_and_value(steps, reset, gradient
         ([*REQUIRED, "--log_evry=3"], "unknown flag --log_evry, did you mean --log_every?"),
         ([*REQUIRED, "--steps", "0"], "got '0', want a whole number of at least 1"),
         ([*REQUIRED, "--reset", "maybe"], "got 'maybe', want true or false"),
+        ([*REQUIRED, "--job_action", "stop"], "got 'stop', want run, status, reset, kill, logs"),
         ([*REQUIRED, "extra"], "unexpected argument 'extra'"),
         ([*REQUIRED, "--exp_id", "0" * 32], "want one of --exp_group and --exp_id"),
         ([*REQUIRED, "--wandb_entity_name", "me"], "needs both --wandb_entity_name and --wandb_project_name"),

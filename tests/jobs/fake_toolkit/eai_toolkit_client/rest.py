@@ -1,0 +1,5 @@
+"""The exception that the client raises."""
+
+
+class ApiException(Exception):
+    pass
