@@ -21,6 +21,7 @@ BASE_CONFIG = {
     "do_repetition_augmentations": False,
     "loss_on": "all",
     "encode_online": False,
+    "group_by_length": True,
     "train_batch_size": 16,
     "test_batch_size": 16,
     "skip_steps": 1,

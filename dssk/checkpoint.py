@@ -1,22 +1,136 @@
-"""Folders that hold a model: which are complete, which is newest, and loading one."""
+"""Folders that hold a model: which are whole, which is newest, which may go, and loading one.
 
+A folder becomes a checkpoint by its manifest, written last: the step, the world size, the experiment, and bytes and
+xxh3_128 of every other file. Without a manifest that fits, it does not exist for resuming, rotation and evaluation.
+"""
+
+import contextlib
+import copy
+import errno
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+import xxhash
+from safetensors.torch import save
+
+from dssk import files
 from dssk.errors import DamagedData, DsskError
-from dssk.files import publish_json
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.modeling import WEIGHTS_FILE, CrossAttnGPTBigCodeForCausalLM
 from dssk.tokenizer import load_tokenizer
 
 MANIFEST = "dssk_manifest.json"
 FINAL = "final"  # the fused model at the end of training, below a run's folder
+BEST = "best"  # the fused model of the best checkpoint
+FORMAT_VERSION = 1
 
 
-def finish_checkpoint(folder: Path) -> None:
-    """Declare a checkpoint complete; until then it does not exist for resuming and evaluating."""
-    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    publish_json(folder / MANIFEST, {"step": checkpoint_step(folder), "files": files})
+def finish_checkpoint(folder: Path, facts: dict[str, Any]) -> int:
+    """Declare a folder whole, with `facts` about it; returns its bytes. All is on the disk before the manifest is."""
+    with files.machine_faults(folder):
+        entries = {name: _flushed(folder / name) for name in _names(folder)}
+    files.sync_folder(folder)
+    body = {"format_version": FORMAT_VERSION, **facts, "files": entries}
+    files.publish_json(folder / MANIFEST, {**body, "checksum": _checksum(body)})
+    return sum(entry["num_bytes"] for entry in entries.values())
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(f.name for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"num_bytes": path.stat().st_size, "xxh3_128": files.xxh3_128(path)}
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole folder. Raises `DamagedData` if there is none, or one that was altered."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        checksum = manifest.pop("checksum")
+        intact = checksum == _checksum(manifest)
+    except FileNotFoundError:
+        raise DamagedData(f"{folder} is unfinished: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise DamagedData(f"{folder / MANIFEST} is damaged")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise DsskError(
+            f"{folder} has format version {manifest['format_version']}, this dssk reads {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Its manifest, after reading every file of it. Raises `DamagedData` that names the first one not as written."""
+    manifest = load_manifest(folder)
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedData(f"{file} is missing")
+        if file.stat().st_size != entry["num_bytes"]:
+            raise DamagedData(f"{file} has {file.stat().st_size} bytes, not {entry['num_bytes']}")
+        if files.xxh3_128(file) != entry["xxh3_128"]:
+            raise DamagedData(f"{file} is damaged, its checksum is another")
+    return manifest
+
+
+class Writer:
+    """Writes the files of one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        with files.publish(self.folder / name) as file:
+            file.write(save(tensors, metadata={"format": "pt"}))
+
+    def model(
+        self, model: CrossAttnGPTBigCodeForCausalLM, tokenizer, weights: dict[str, torch.Tensor]
+    ) -> None:
+        """The cross-attention weights alone, with all that `load_model` needs besides the base."""
+        self.tensors(WEIGHTS_FILE, weights)
+        config = copy.deepcopy(model.config)
+        config.cross_attn_only = True
+        config.architectures = [CrossAttnGPTBigCodeForCausalLM.__name__]
+        config.save_pretrained(self.folder)
+        model.generation_config.save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
+
+
+@contextlib.contextmanager
+def write_checkpoint(folder: Path, facts: dict[str, Any], num_bytes: int) -> Iterator[Writer]:
+    """Write a folder of about `num_bytes` that is whole when the block has ended, and gone if anything fails in it."""
+    discard(folder)
+    files.require_free(folder.parent, num_bytes, folder.name)
+    files.make_folder(folder)
+    try:
+        with files.machine_faults(folder):
+            try:
+                yield Writer(folder)
+            except Exception as error:
+                if "os error 28" in str(error):  # what libraries in Rust say of a full disk
+                    raise OSError(errno.ENOSPC, "disk full") from error
+                raise
+        finish_checkpoint(folder, facts)
+    except BaseException:
+        with contextlib.suppress(OSError, DsskError):
+            discard(folder)
+        raise
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -25,21 +139,52 @@ def checkpoint_step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file of the checkpoint's manifest is there with its size."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+def checkpoint_folders(savedir: Path) -> list[Path]:
+    """Everything named like a checkpoint, whole or not, newest first: by step, as clocks go wrong."""
+    folders = (folder for folder in savedir.glob("checkpoint-*") if checkpoint_step(folder) >= 0)
+    return sorted(folders, key=checkpoint_step, reverse=True)
+
+
+def newest_checkpoint(savedir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and why each newer one is not.
+
+    Raises `DamagedData` if there were finished ones and none is whole: starting afresh would hide that.
+    """
+    skipped: list[str] = []
+    finished = False
+    for folder in checkpoint_folders(savedir):
+        try:
+            verify_checkpoint(folder)
+        except DamagedData as error:
+            finished |= (folder / MANIFEST).exists()
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    if finished:
+        raise DamagedData(
+            f"no checkpoint of {savedir} is whole ({'; '.join(skipped)}): start afresh with -r 1"
+        )
+    return None, skipped
 
 
 def latest_checkpoint(savedir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, by step."""
-    folders = sorted(
-        (f for f in savedir.glob("checkpoint-*") if checkpoint_step(f) >= 0), key=checkpoint_step
-    )
-    return next((folder for folder in reversed(folders) if is_complete(folder)), None)
+    """The newest whole checkpoint of a run, by step."""
+    return newest_checkpoint(savedir)[0]
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; its manifest goes first, so that what is left of it at any moment is no checkpoint."""
+    files.remove(folder / MANIFEST)
+    files.remove(folder)
+
+
+def rotate(savedir: Path, keep: int, best: Path | None) -> None:
+    """Keep the newest `keep` finished checkpoints and the best one; leftovers of unfinished ones go too."""
+    finished = [folder for folder in checkpoint_folders(savedir) if (folder / MANIFEST).exists()]
+    kept = {*finished[:keep], best}
+    for folder in checkpoint_folders(savedir):
+        if folder not in kept:
+            discard(folder)
 
 
 def find_model(path: str | Path) -> Path:
@@ -51,7 +196,7 @@ def find_model(path: str | Path) -> Path:
         return folder / FINAL
     if newest := latest_checkpoint(folder):
         return newest
-    runs = [run for run in folder.glob("*") if latest_checkpoint(run)] if folder.is_dir() else []
+    runs = [run for run in sorted(folder.glob("*")) if latest_checkpoint(run)] if folder.is_dir() else []
     if len(runs) == 1:
         return find_model(runs[0])
     if runs:
@@ -62,6 +207,8 @@ def find_model(path: str | Path) -> Path:
 def load_model(path: str | Path, **kwargs):
     """Load (model in eval mode, tokenizer) from anything `find_model` finds; `kwargs` go to `from_pretrained`."""
     folder = find_model(path)
+    if checkpoint_step(folder) >= 0 or (folder / MANIFEST).exists():
+        verify_checkpoint(folder)
     try:
         model = CrossAttnGPTBigCodeForCausalLM.from_pretrained(folder, **kwargs)
     except (ValueError, KeyError) as error:

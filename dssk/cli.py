@@ -6,11 +6,14 @@ Every flag survives being sent again as `--name value`, as a job scheduler does.
 import argparse
 from dataclasses import dataclass
 
-from dssk.flags import Parser, bool_flag, optional_str, positive_int
+from dssk.flags import Parser, bool_flag, count, optional_str, positive_int
 
 DEFAULT_STEPS = 1_000
 DEFAULT_LOG_EVERY = 100
 JOB_ACTIONS = ("run", "status", "reset", "kill", "logs")
+DEFAULT_KEPT_CHECKPOINTS = 3
+DEFAULT_GENERATION_SAMPLES = 64
+FUSED_CHOICES = ("final", "best", "every", "never")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class RunArgs:
     python_binary: str
     steps: int
     log_every: int
+    save_total_limit: int
+    save_fused: str
+    generation_eval_samples: int
+    report_to: str | None
     wandb_entity_name: str | None
     wandb_project_name: str | None
     wandb_run_name: str | None
@@ -36,6 +43,16 @@ class RunArgs:
     dist_url: str | None
     local_rank: int
     overrides: list[str]
+
+
+def fused_choices(text: str) -> str:
+    """Parse `--save_fused`: words of FUSED_CHOICES with commas between them."""
+    words = frozenset(text.split(","))
+    if unknown := words - {*FUSED_CHOICES}:
+        raise argparse.ArgumentTypeError(f"got {sorted(unknown)[0]!r}, want {', '.join(FUSED_CHOICES)}")
+    if "never" in words and len(words) > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want never alone or the others")
+    return text
 
 
 def job_action(text: str) -> str | None:
@@ -81,6 +98,29 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         default=DEFAULT_LOG_EVERY,
         help="optimizer steps between logs, evaluations and checkpoints alike (%(default)s)",
+    )
+    where.add_argument(
+        "--save_total_limit",
+        type=positive_int,
+        default=DEFAULT_KEPT_CHECKPOINTS,
+        help="newest checkpoints to keep, besides the best one (%(default)s)",
+    )
+    where.add_argument(
+        "--save_fused",
+        type=fused_choices,
+        default="final,best",
+        metavar="WHEN",
+        help="when to write the fused model, base and blocks in one: final, best, both (%(default)s), every "
+        "checkpoint too, or never",
+    )
+    where.add_argument(
+        "--generation_eval_samples",
+        type=count,
+        default=DEFAULT_GENERATION_SAMPLES,
+        help="questions of val answered in each evaluation, for EM and F1; 0: only the loss (%(default)s)",
+    )
+    where.add_argument(
+        "--report_to", type=optional_str, help="further loggers of transformers, such as tensorboard"
     )
     where.add_argument("--push_to_hub", type=optional_str, help="Hub repository that gets the final model")
     wandb = parser.add_argument_group("Weights & Biases (needs entity and project)")

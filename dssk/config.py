@@ -47,6 +47,7 @@ class ExperimentConfig(BaseModel):
         description="encode contexts in the training step instead of reading them from disk"
     )
 
+    group_by_length: bool = Field(description="rows of about equal length make a step: less padding")
     train_batch_size: int = Field(ge=1, description="rows per device and micro-batch")
     test_batch_size: int = Field(ge=1, description="rows per device in evaluation")
     skip_steps: int = Field(ge=1, description="micro-batches accumulated per optimizer step")

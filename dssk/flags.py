@@ -58,3 +58,8 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
     return value
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    return 0 if text.strip() == "0" else positive_int(text)

@@ -8,14 +8,18 @@ from transformers import TrainingArguments
 
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
-from dssk.console import watched
 from dssk.errors import DsskError
 
 MAX_LOADER_WORKERS = 4
 
 
-def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> TrainingArguments:
-    """The arguments of transformers' `Trainer` for one experiment and one call of `trainval.py`."""
+def training_arguments(
+    cfg: ExperimentConfig, run: RunArgs, savedir: Path, skip_steps: int
+) -> TrainingArguments:
+    """The arguments of transformers' `Trainer` for one experiment and one call of `trainval.py`.
+
+    `skip_steps` is the experiment's, or another one that keeps its global batch on another number of ranks.
+    """
     on_gpu = torch.cuda.is_available()
     if cfg.fp16 and not on_gpu:
         raise DsskError(
@@ -23,7 +27,7 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
         )
     if cfg.bf16 and on_gpu and not torch.cuda.is_bf16_supported():
         raise DsskError("bf16 is true and this GPU has no bfloat16: use --set bf16=false --set fp16=true")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(savedir),
         run_name=run.wandb_run_name,
         max_steps=run.steps,
@@ -34,7 +38,7 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
         save_steps=run.log_every,
         per_device_train_batch_size=cfg.train_batch_size,
         per_device_eval_batch_size=cfg.test_batch_size,
-        gradient_accumulation_steps=cfg.skip_steps,
+        gradient_accumulation_steps=skip_steps,
         learning_rate=cfg.learning_rate,
         lr_scheduler_type=cfg.lr_scheduler_type,
         warmup_steps=cfg.warmup_ratio,  # below 1 it is a share of all steps
@@ -48,7 +52,7 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
         activation_checkpointing=cfg.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         seed=cfg.seed,
-        metric_for_best_model="loss",
+        metric_for_best_model="loss",  # what reduce_lr_on_plateau looks at; the trainer finds the best itself
         greater_is_better=False,
         prediction_loss_only=True,
         label_names=["labels"],  # guessed from our forward it would include label_smoothing
@@ -57,10 +61,12 @@ def training_arguments(cfg: ExperimentConfig, run: RunArgs, savedir: Path) -> Tr
         dataloader_num_workers=loader_workers(),
         ddp_find_unused_parameters=False,  # every batch has a context, so every trainable parameter is used
         use_cpu=not on_gpu,
-        disable_tqdm=not watched(),
+        disable_tqdm=True,  # we have our own
         deepspeed=run.deepspeed,
-        report_to=["wandb"] if run.wandb_project_name else [],
+        report_to=run.report_to.split(",") if run.report_to else [],
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for torch's DataParallel
+    return arguments
 
 
 def loader_workers() -> int:

@@ -1,32 +1,77 @@
-"""What happens beside training: the metrics file, and stopping on NaN."""
+"""What happens beside training: the metrics file and what one sees of the progress."""
 
 import json
-import math
+import sys
+import time
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import TrainerCallback
 
-from dssk.errors import Diverged
+from dssk.console import watched
+from dssk.files import machine_faults, publish_text
 
 METRICS_FILE = "metrics.jsonl"
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "eval_f1": "F1 {:.3f}",
+    "eval_wrong_context_f1": "(wrong context {:.3f})",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
 
 
 class MetricsFile(TrainerCallback):
     """Append everything that is logged to `metrics.jsonl`, one JSON object a line, whatever else logs it."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drop what was logged after the checkpoint that one resumes from: it is trained again."""
+        file = Path(args.output_dir) / METRICS_FILE
+        if state.is_world_process_zero and file.exists():
+            publish_text(file, "".join(line for line in file.open() if _is_until(line, state.global_step)))
+
     def on_log(self, args, state, control, logs=None, **kwargs):
+        file = Path(args.output_dir) / METRICS_FILE
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            with machine_faults(file), file.open("a") as lines:
+                lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-class StopOnNaN(TrainerCallback):
-    """End the run when a logged loss is NaN or infinite, before a checkpoint of it is written."""
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # the last line of a process that was killed
+        return False
+
+
+class Progress(TrainerCallback):
+    """One line for each log; on a terminal a bar too, with the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        shown = watched() and state.is_world_process_zero
+        self._start = (state.global_step, time.monotonic())
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=not shown, leave=False
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_loss"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
-                raise Diverged(
-                    f"{name} is {value} at step {state.global_step}: lower the learning rate, or use bf16"
-                )
+        shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in (logs or {})]
+        if not state.is_world_process_zero or not shown:
+            return
+        line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {self._time_left(state)}"
+        tqdm.write(line.rstrip(), file=sys.stdout)
+        sys.stdout.flush()
+
+    def _time_left(self, state) -> str:
+        first_step, start = self._start
+        done, left = state.global_step - first_step, state.max_steps - state.global_step
+        if not done or not left:
+            return ""
+        minutes, seconds = divmod(round((time.monotonic() - start) / done * left), 60)
+        return f"{minutes}:{seconds:02} left"
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()

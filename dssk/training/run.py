@@ -1,32 +1,41 @@
 """One training run, from an experiment to a fused model."""
 
+import contextlib
 import json
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, set_seed
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
-from dssk.checkpoint import FINAL, latest_checkpoint
+from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.console import quiet_libraries
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
-from dssk.data.store import check_model, load_manifest, load_rows
-from dssk.errors import DamagedData, DsskError
-from dssk.files import publish_json
+from dssk.data.store import Manifest, check_model, load_manifest, load_rows
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Preempted
+from dssk.export import export
+from dssk.files import lock, make_folder, publish_json, remove_temps, size
 from dssk.flags import nearest
 from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from dssk.tokenizer import load_tokenizer
+from dssk.training import state
+from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import training_arguments
-from dssk.training.callbacks import MetricsFile, StopOnNaN
-from dssk.training.trainer import CrossAttnTrainer
+from dssk.training.callbacks import MetricsFile, Progress
+from dssk.training.resume import Start, differences, find_start
+from dssk.training.status import reported
+from dssk.training.stopping import StopOnSignal, StopRequest
+from dssk.training.trainer import TRAINER_STATE_FILE, CrossAttnTrainer
 
 EXP_DICT = "exp_dict.json"
 
@@ -37,18 +46,20 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     cfg = parse_experiment(exp_dict)
     savedir = Path(run.savedir_base) / experiment_id(exp_dict)
     quiet_libraries()
-    check_inputs(cfg, run)
-    arguments = training_arguments(cfg, run, savedir)  # joins the process group of torchrun or deepspeed
-    open_savedir(savedir, exp_dict, run.reset)
-    set_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.model_path)
-    model = build_model(cfg, tokenizer)
-    trainer = build_trainer(model, tokenizer, cfg, run, arguments)
-    say(f"{describe(model)}\n{savedir}")
-    checkpoint = latest_checkpoint(savedir)
-    say(f"resuming from step {checkpoint.name.split('-')[1]}" if checkpoint else "starting at step 0")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_final(trainer, savedir / FINAL)
+    data = check_inputs(cfg, run)
+    start = find_start(savedir, run, cfg, {"experiment": exp_dict, "data": data.checksum})
+    arguments = training_arguments(cfg, run, savedir, start.skip_steps)  # joins the launcher's process group
+    with open_savedir(savedir, exp_dict, start.fresh), reported(savedir, arguments.process_index):
+        with StopRequest() as stop:
+            trainer = build_trainer(cfg, run, arguments, start.facts, stop)
+            say(describe(trainer, savedir, start))
+            if start.step < run.steps:
+                trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+            if stop.obeyed_step is not None and stop.obeyed_step < run.steps:
+                raise Preempted(
+                    f"stopped at step {stop.obeyed_step}, saved: the same command goes on from there"
+                )
+        save_fused(trainer, savedir, run)
 
 
 def choose_experiment(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -76,8 +87,11 @@ def stored_experiment(savedir_base: Path, exp_id: str) -> dict[str, Any]:
     return exp_dict
 
 
-def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> None:
-    """Refuse what cannot work before anything is loaded: another model's encodings, an impossible layout."""
+def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
+    """Refuse what cannot work before anything is loaded: another model's encodings, an impossible layout.
+
+    Returns what is known of the data.
+    """
     manifest = load_manifest(run.data_path)
     check_model(manifest, cfg.model_path)
     base = load_base_config(cfg.model_path)
@@ -91,6 +105,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> None:
         raise DsskError(
             f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {base.n_positions} tokens"
         )
+    return manifest
 
 
 def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
@@ -108,58 +123,127 @@ def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> Cr
 
 
 def build_trainer(
-    model: CrossAttnGPTBigCodeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
     cfg: ExperimentConfig,
     run: RunArgs,
-    arguments,
+    arguments: TrainingArguments,
+    facts: dict[str, Any],
+    stop: StopRequest,
 ) -> CrossAttnTrainer:
+    """Everything that is loaded: tokenizer, model and rows."""
+    set_seed(cfg.seed)
+    tokenizer = load_tokenizer(cfg.model_path)
+    model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
-    return CrossAttnTrainer(
+    scorer = None
+    if run.generation_eval_samples:
+        scorer = AnswerScorer(rows["val"], tokenizer, cfg.test_batch_size, run.generation_eval_samples)
+    trainer = CrossAttnTrainer(
         model=model,
         args=arguments,
         train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, training=True),
         eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, training=False),
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(), StopOnNaN()],
-        label_smoothing=cfg.label_smoothing_factor,
+        callbacks=[MetricsFile(), Progress(), StopOnSignal(stop)],
+        cfg=cfg,
+        facts=facts,
+        keep_checkpoints=run.save_total_limit,
+        score_answers=scorer,
     )
+    trainer.remove_callback(PrinterCallback)  # Progress prints
+    return trainer
 
 
-def open_savedir(savedir: Path, exp_dict: dict[str, Any], reset: bool) -> None:
-    """Make the run's folder, on one process; with `reset`, what was there is moved to `deleted/`, never erased."""
-    with PartialState().main_process_first():
-        if not PartialState().is_main_process:
-            return
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if reset and not restarted and savedir.exists():
-            aside = (
-                savedir.parent
-                / "deleted"
-                / f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-            )
-            number = len(list(aside.parent.glob(f"{aside.name}*")))
-            aside.parent.mkdir(exist_ok=True)
-            savedir.rename(aside if not number else aside.with_name(f"{aside.name}-{number}"))
-        savedir.mkdir(parents=True, exist_ok=True)
-        publish_json(savedir / EXP_DICT, exp_dict)
+@contextlib.contextmanager
+def open_savedir(savedir: Path, exp_dict: dict[str, Any], fresh: bool) -> Iterator[None]:
+    """Make the run's folder and be the only run in it; with `fresh`, what was there is moved to `deleted/`."""
+    with contextlib.ExitStack() as stack:
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                make_folder(savedir.parent)
+                stack.enter_context(lock(savedir.with_name(f".{savedir.name}.lock")))
+                if fresh and savedir.exists():
+                    move_aside(savedir)
+                make_folder(savedir)
+                remove_temps(savedir)
+                write_experiment(savedir / EXP_DICT, exp_dict)
+        yield
 
 
-def save_final(trainer: CrossAttnTrainer, folder: Path) -> None:
-    """Write the fused model with its tokenizer: it loads with `AutoModelForCausalLM` after `import dssk`."""
+def move_aside(savedir: Path) -> None:
+    """Move a run to `deleted/`, under a name of its own."""
+    deleted = savedir.parent / "deleted"
+    deleted.mkdir(exist_ok=True)
+    name = f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    number = len(list(deleted.glob(f"{name}*")))
+    savedir.rename(deleted / (f"{name}-{number}" if number else name))
+
+
+def write_experiment(file: Path, exp_dict: dict[str, Any]) -> None:
+    """Keep the experiment beside its checkpoints; one that is there already must be the same."""
+    if not file.exists():
+        publish_json(file, exp_dict)
+        return
+    try:
+        stored = json.loads(file.read_text())
+    except ValueError as error:
+        raise DamagedData(f"{file} is not JSON: {error}") from error
+    if stored != json.loads(json.dumps(exp_dict)):
+        raise DsskError(f"{file} is another experiment: {differences(stored, exp_dict)}")
+
+
+def save_fused(trainer: CrossAttnTrainer, savedir: Path, run: RunArgs) -> None:
+    """Write the fused models that `--save_fused` asks for, from the checkpoints, on one process."""
     if trainer.args.should_save:
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-    say(f"the fused model is in {folder}")
+        last = latest_checkpoint(savedir)
+        assert last is not None  # training ends with a checkpoint
+        wanted = run.save_fused.split(",")
+        best = json.loads((last / TRAINER_STATE_FILE).read_text())["best_global_step"]
+        if "final" in wanted:
+            export(last, savedir / FINAL)
+        if "best" in wanted and best:
+            export(savedir / f"checkpoint-{best}", savedir / BEST)
+        made = [name for name in (FINAL, BEST) if (savedir / name).is_dir()]
+        say(f"{savedir} ({', '.join([last.name, *made])})")
+        if run.push_to_hub:
+            push(savedir / FINAL, run.push_to_hub)
+    trainer.accelerator.wait_for_everyone()
 
 
-def describe(model: CrossAttnGPTBigCodeForCausalLM) -> str:
-    trainable, total = model.trainable_parameters()
+def push(folder: Path, repository: str) -> None:
+    """Upload the fused model to the Hub."""
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentFault(f"{folder} is complete, but not uploaded to {repository}: {reason}") from error
+    say(f"https://huggingface.co/{repository}")
+
+
+def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
+    """What is about to happen, on one screen."""
+    model, args, data = trainer.unwrapped_model, trainer.args, trainer.train_dataset
+    trained = sum(p.numel() for _, p in state.trained_parameters(trainer))
     layers = ", ".join(map(str, model.config.cross_attn_layers))
     side = "after" if model.config.cross_attn_final_layer else "before"
-    return f"training {trainable:,} of {total:,} parameters; cross-attention {side} decoder layers {layers}"
+    lines = [
+        ("experiment", savedir.name),
+        ("folder", str(savedir)),
+        ("training", f"{trained:,} parameters; {model.num_parameters() - trained:,} are frozen"),
+        ("blocks", f"{side} decoder layers {layers}"),
+        ("rows", f"{len(data):,} to train on, {len(trainer.eval_dataset):,} to evaluate"),
+        (
+            "step",
+            f"{trainer.global_batch} rows: {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated "
+            f"x {args.world_size} ranks; at most {trainer.global_batch * trainer.cfg.context_size:,} tokens",
+        ),
+        ("checkpoint", f"about {size(3 * 4 * trained)}, every {args.save_steps:.0f} steps"),
+        *(("skipped", reason) for reason in start.skipped),
+        ("start", f"resuming from step {start.step}" if start.checkpoint else "starting at step 0"),
+    ]
+    return "\n".join(f"{name:11} {text}" for name, text in lines)
 
 
 def say(text: str) -> None:

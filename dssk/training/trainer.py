@@ -1,43 +1,230 @@
-"""transformers' Trainer, saving only what trains."""
+"""transformers' Trainer, with checkpoints of our own: only what trains, nothing pickled, whole or absent."""
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from transformers import Trainer
 
-from dssk.checkpoint import finish_checkpoint
-from dssk.models.modeling import WEIGHTS_FILE, is_cross_attn
+from dssk.checkpoint import rotate, write_checkpoint
+from dssk.config import ExperimentConfig
+from dssk.errors import Diverged
+from dssk.files import publish_json
+from dssk.training import state
+from dssk.training.sampler import EpochSampler, text_lengths
+from dssk.training.stopping import EvaluationStopped
+
+TRAINER_STATE_FILE = "trainer_state.json"
+MAX_ROWS_NAMED = 8
 
 
 class CrossAttnTrainer(Trainer):
-    """Trainer for a `CrossAttnGPTBigCodeForCausalLM`: checkpoints hold the cross-attention weights alone."""
+    """Trainer for a `CrossAttnGPTBigCodeForCausalLM`.
 
-    def __init__(self, *args, label_smoothing: float, **kwargs):
+    `facts` go into each checkpoint's manifest. `score_answers` is called in evaluation, on all ranks, and adds to
+    the metrics; the best checkpoint is the one with the highest `eval_f1`, and without that the lowest `eval_loss`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        cfg: ExperimentConfig,
+        facts: dict[str, Any],
+        keep_checkpoints: int,
+        score_answers: Callable[[Trainer], dict[str, float]] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.label_smoothing = label_smoothing
+        self.cfg = cfg
+        self.facts = facts
+        self.keep_checkpoints = keep_checkpoints
+        self.score_answers = score_answers
+        self.evaluation_due = False  # a stop from outside came in or before an evaluation
+        self.seconds = {
+            "training": 0.0,
+            "data": 0.0,
+            "evaluation": 0.0,
+            "saving": 0.0,
+        }  # of this process, by use
+        self._tokens = 0  # of this rank, padding included, since the last log
+        self._logged_seconds = 0.0
+        lengths = text_lengths(self.train_dataset) if cfg.group_by_length else None
+        self.sampler = EpochSampler(len(self.train_dataset), self.global_batch, cfg.seed, lengths)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimizer step, over all ranks."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    # --- one step
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+        return self.sampler
+
+    def _run_epoch(self, *, epoch: int, **kwargs) -> None:
+        self.sampler.set_epoch(epoch)
+        self.train_dataset.set_epoch(epoch)
+        if self.evaluation_due:
+            self._evaluate_and_rank()
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Trainer's own smoother does not shift the labels of models it does not know.
-        smoothing = self.label_smoothing if model.training else 0.0
+        smoothing = self.cfg.label_smoothing_factor if model.training else 0.0
         return super().compute_loss(
             model, {**inputs, "label_smoothing": smoothing, "skip_logits": True}, *args, **kwargs
         )
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        """Write weights, configuration and tokenizer; not the pickled arguments, whose content we keep as JSON."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        state_dict = state_dict or {n: p for n, p in model.named_parameters() if is_cross_attn(n)}
-        model.save_pretrained(folder, cross_attn_only=True, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
+    def get_batch_samples(self, *args, **kwargs):
+        with self._timed("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        with self._timed("training"):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            self._watch("loss", loss)
+        self._tokens += inputs["input_ids"].numel()
+        return loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            seconds = self.seconds["training"] + self.seconds["data"] - self._logged_seconds
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(seconds, 1e-9), 1)
+            self._logged_seconds += seconds
+            self._tokens = 0
+        super().log(logs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def _get_grad_norm(self, *args, **kwargs):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if (
+            not self.cfg.fp16 and norm is not None
+        ):  # fp16's scaler meets infinite gradients and skips such steps
+            self._watch("the gradient's norm", torch.as_tensor(norm))
+        return norm
+
+    def _watch(self, what: str, value: torch.Tensor) -> None:
+        """Stop at a value that is NaN or infinite."""
+        if not torch.isfinite(value):
+            step = self.state.global_step + 1
+            raise Diverged(
+                f"{what} is {value.item()} in step {step}, rows {self._row_ids(step)}: lower the learning rate, or "
+                "use bf16 in place of fp16"
+            )
+
+    def _row_ids(self, step: int) -> str:
+        """The ids of this rank's rows of a step."""
+        size, ranks, me = self.args.train_batch_size, self.args.world_size, self.args.process_index
+        rows = self.sampler.rows_of_step(step)
+        mine = [row for i, row in enumerate(rows) if i // size % ranks == me]
+        data: Any = self.train_dataset
+        ids = data.rows.with_format(None).select([row % len(data.rows) for row in mine])["id"]
+        more = f" and {len(mine) - MAX_ROWS_NAMED} more" if len(mine) > MAX_ROWS_NAMED else ""
+        return ", ".join(list(ids)[:MAX_ROWS_NAMED]) + more
+
+    # --- evaluation
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            self.evaluation_due = True
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, trial)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        # Whether and when one evaluates leaves no trace in the random numbers of training.
+        with self._timed("evaluation"), torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score_answers is not None:
+            scores = self.score_answers(self)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
+
+    def _evaluate_and_rank(self) -> None:
+        self.evaluation_due = False
+        self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Find the best evaluation so far; the first of equals."""
+        name = "eval_f1" if "eval_f1" in metrics else "eval_loss"
+        seen = [entry for entry in self.state.log_history if name in entry]
+        best = max(seen, key=lambda e: (e.get("eval_f1", 0.0), -e["eval_loss"]))
+        is_new = self.state.best_global_step != best["step"]
+        self.state.best_global_step, self.state.best_metric = best["step"], best[name]
+        return is_new
+
+    # --- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        with self._timed("saving"):
+            self._collect_and_write()
+
+    def _collect_and_write(self) -> None:
+        self.store_flos()
+        weights = state.gather_weights(self)
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise Diverged(
+                f"{bad[0]} is not finite after step {self.state.global_step}: no checkpoint of it is written; lower "
+                "the learning rate, or use bf16 in place of fp16"
+            )
+        moments, run_state = state.gather_optimizer(self), state.gather_run_state(self)
         if self.args.should_save:
-            finish_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self._write_checkpoint(weights, moments, run_state)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, weights, moments, run_state) -> None:
+        savedir = Path(self.args.output_dir)
+        best = savedir / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        self.state.best_model_checkpoint = best and str(best)
+        num_bytes = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()])
+        folder = savedir / f"checkpoint-{self.state.global_step}"
+        with write_checkpoint(folder, self._facts(), num_bytes) as write:
+            write.model(self.unwrapped_model, self.processing_class, weights)
+            write.tensors(state.OPTIMIZER_FILE, moments)
+            publish_json(folder / state.STATE_FILE, run_state)
+            self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        rotate(savedir, self.keep_checkpoints, best)
+
+    def _facts(self) -> dict[str, Any]:
+        counts = {"world_size": self.args.world_size, "skip_steps": self.args.gradient_accumulation_steps}
+        return {"step": self.state.global_step, **counts, **self.facts}
+
+    @property
+    def unwrapped_model(self):
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # --- resuming
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        model.load_cross_attention(load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE))
+        """Weights are restored with everything else, when all engines have wrapped the model."""
+
+    def _init_training_state(self, max_steps, *args):
+        epoch_and_batch = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # of this call, not of the checkpoint
+        return epoch_and_batch
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            state.restore(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_rng_state(self, checkpoint) -> None:
+        # The loop calls this once, after it has skipped the batches that were trained on already.
+        if checkpoint is not None:
+            state.restore_rank(self, Path(checkpoint))

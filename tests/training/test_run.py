@@ -1,61 +1,27 @@
 """Training through the functions and commands that users call, on a model of a few thousand parameters."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
-from dssk.checkpoint import latest_checkpoint, load_model
+from dssk.checkpoint import load_model
 from dssk.cli import parse_args
-from dssk.config import experiment_id, parse_experiment
+from dssk.config import parse_experiment
 from dssk.data.store import load_rows
 from dssk.errors import DamagedData, DsskError
 from dssk.models.modeling import is_cross_attn
 from dssk.training.run import train
-from tests.conftest import REPOSITORY, experiment, make_base
-
-
-@pytest.fixture
-def run(base_path, store_path, tmp_path):
-    """Train in this process; returns the run's folder."""
-
-    def run(*flags: str, data_path=store_path, **changes):
-        exp_dict = experiment(base_path, **changes)
-        argv = ["-e", "group", "-sb", str(tmp_path), "--data_path", str(data_path), *flags]
-        train(parse_args(argv), {"group": [exp_dict]})
-        return tmp_path / experiment_id(exp_dict)
-
-    return run
-
-
-def logged(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in logged(folder) if "loss" in entry}
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def equal_weights(one, other) -> bool:
-    first, second = weights(one), weights(other)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+from tests.conftest import experiment, make_base
+from tests.training.conftest import command, logged, losses, runs_in, torchrun, weights
 
 
 def test_a_run_leaves_checkpoints_of_the_blocks_alone_and_a_fused_model(run, base_path):
     folder = run("--steps", "4", "--log_every", "2")
     assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert all(map(is_cross_attn, weights(folder / "checkpoint-4")))
-    assert not (folder / "checkpoint-4" / "training_args.bin").exists()
+    assert {f.suffix for f in (folder / "checkpoint-4").iterdir()} == {".json", ".safetensors"}
     assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [2, 4]
     assert json.loads((folder / "exp_dict.json").read_text())["model_path"] == str(base_path)
     fused = weights(folder / "final")
@@ -80,45 +46,6 @@ def test_a_checkpoint_and_the_fused_model_reload_to_bit_equal_logits(run, tokens
 def test_training_lowers_the_loss(run):
     seen = losses(run("--steps", "60", "--log_every", "20", learning_rate=1e-2))
     assert seen[60] < 0.7 * seen[20]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"include_context_ids": True, "skip_steps": 4, "do_repetition_augmentations": True}],
-    ids=str,
-)
-def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(run, changes):
-    # 18 training questions in batches of 4: the interruption after step 3 and the end lie in different epochs.
-    whole = run("--steps", "8", "--log_every", "1", **changes)
-    kept = whole.rename(whole.with_name("whole"))
-    run("--steps", "8", "--log_every", "1", **changes)
-    for step in range(4, 9):
-        shutil.rmtree(whole / f"checkpoint-{step}")
-    shutil.rmtree(whole / "final")
-    resumed = run("--steps", "8", "--log_every", "1", **changes)
-    assert equal_weights(resumed / "final", kept / "final")
-    for step in range(1, 9):
-        assert losses(resumed)[step] == losses(kept)[step], step
-
-
-def test_an_incomplete_checkpoint_does_not_exist_for_resuming(run):
-    folder = run("--steps", "2", "--log_every", "1")
-    newest = folder / "checkpoint-2"
-    assert latest_checkpoint(folder) == newest
-    (newest / "optimizer.pt").write_bytes(b"cut")
-    assert latest_checkpoint(folder) == folder / "checkpoint-1"
-    (folder / "checkpoint-1" / "dssk_manifest.json").unlink()
-    assert latest_checkpoint(folder) is None
-
-
-def test_reset_moves_the_old_run_aside_and_starts_afresh(run, tmp_path):
-    first = run("--steps", "2", "--log_every", "1")
-    (first / "mark").touch()
-    for times in (1, 2, 3):
-        run("--steps", "1", "--log_every", "1", "-r", "1")
-        assert not (first / "mark").exists()
-        assert {f.name for f in first.glob("checkpoint-*")} == {"checkpoint-1"}
-        assert len(list((tmp_path / "deleted").iterdir())) == times
 
 
 def test_accumulating_four_batches_of_one_equals_one_batch_of_four(run):
@@ -201,45 +128,21 @@ def test_a_stored_experiment_is_trained_by_its_id_and_refused_when_changed(
 # The commands
 
 
-def command(*words: str, check: bool = True, launcher=(sys.executable,)) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=check
-    )
-
-
-@pytest.fixture
-def launch(base_path, store_path, tmp_path):
-    """Run trainval.py on the tiny experiment by a launcher."""
-    overrides = {
-        k: v for k, v in experiment(base_path, cross_attn_dropout_prob=0.0).items() if k != "model_path"
-    }
-
-    def launch(*flags: str, launcher=(sys.executable,), check: bool = True):
-        sets = [f"--set={key}={json.dumps(value)}" for key, value in overrides.items()]
-        argv = ["trainval.py", "-e", "crossattn_tiny", f"--set=model_path={base_path}", *sets]
-        where = ["-sb", str(tmp_path / "runs"), "--data_path", str(store_path)]
-        return command(*argv, *where, *flags, launcher=launcher, check=check)
-
-    return launch
-
-
 @pytest.mark.slow
-def test_two_ranks_of_torchrun_train_what_one_process_trains(launch, tmp_path):
-    flags = ("--steps", "1_0", "--log_every", "5", "-r", "1")
-    launch("--set=train_batch_size=2", *flags, launcher=torchrun(2))
-    (folder,) = (f for f in (tmp_path / "runs").iterdir() if f.name != "deleted")
-    two = losses(folder), weights(folder / "final")
-    launch("--set=train_batch_size=4", *flags)
-    (other,) = (f for f in (tmp_path / "runs").iterdir() if f not in (folder, tmp_path / "runs" / "deleted"))
+def test_two_ranks_of_torchrun_train_what_one_process_trains(launch, run, base_path, tmp_path):
     # One process takes rows 0..3 where two ranks take 0, 1 and 2, 3: the same global batches.
-    assert two[0] == pytest.approx(losses(other), abs=1e-5)
-    for name, tensor in weights(other / "final").items():
-        torch.testing.assert_close(two[1][name], tensor, atol=1e-5, rtol=1e-4)
-
-
-def torchrun(ranks: int) -> tuple[str, ...]:
-    return (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks))
+    flags = ("--steps", "1_0", "--log_every", "5", "--generation_eval_samples", "5")
+    launch("--set=train_batch_size=2", *flags, launcher=torchrun(2))
+    (two,) = runs_in(tmp_path)
+    one = run(*flags, cross_attn_dropout_prob=0.0)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert [e["eval_f1"] for e in logged(two) if "eval_f1" in e] == [
+        e["eval_f1"] for e in logged(one) if "eval_f1" in e
+    ]
+    for name, tensor in weights(one / "final").items():
+        torch.testing.assert_close(weights(two / "final")[name], tensor, atol=1e-5, rtol=1e-4)
+    for name, parameter in GPTBigCodeForCausalLM.from_pretrained(base_path).named_parameters():
+        assert torch.equal(weights(two / "final")[name], parameter), name
 
 
 @pytest.mark.slow
@@ -251,7 +154,7 @@ def test_the_commands_train_resume_evaluate_and_answer(launch, store_path, tmp_p
             "-m",
             "dssk.evaluation.evaluate",
             "--checkpoint",
-            str(tmp_path / "runs"),
+            str(tmp_path),
             "--data_path",
             str(store_path),
         ),
@@ -270,7 +173,7 @@ def test_the_commands_train_resume_evaluate_and_answer(launch, store_path, tmp_p
             "-m",
             "dssk.evaluation.answer",
             "--checkpoint",
-            str(tmp_path / "runs"),
+            str(tmp_path),
             "--context",
             str(tmp_path / "text"),
         ),

@@ -1,0 +1,85 @@
+"""EM and F1 of generated answers during training, on a fixed sample that all ranks share the work of."""
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.errors import DsskError
+from dssk.evaluation.evaluate import other_rows, sample
+from dssk.evaluation.generate import Contexts, generate_answers
+from dssk.evaluation.metrics import exact_match, f1
+
+
+class AnswerScorer:
+    """Answers the sample with each question's own context and with another's: a gain from the context shows."""
+
+    def __init__(
+        self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int
+    ):
+        self.rows = sample(rows, limit)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.texts = self.rows.select_columns(["context", "question", "answer", "answers"]).to_list()
+        self.golds = [text["answers"] or [text["answer"]] for text in self.texts]
+        self.samples: list[dict[str, Any]] = []  # of the latest evaluation
+        try:
+            self.wrong: list[int] | None = other_rows([text["context"] for text in self.texts])
+        except DsskError:  # one context only: there is no wrong one
+            self.wrong = None
+
+    def __call__(self, trainer: Any) -> dict[str, float]:
+        """Scores from 0 to 1; to be called on all ranks."""
+        answers = self._answer(trainer, list(range(len(self.texts))))
+        scores = self._scores(answers)
+        columns = {
+            "question": [t["question"] for t in self.texts],
+            "answers": self.golds,
+            "prediction": answers,
+        }
+        if self.wrong is not None:
+            wrong = self._answer(trainer, self.wrong)
+            scores |= {f"wrong_context_{name}": value for name, value in self._scores(wrong).items()}
+            columns["prediction_from_wrong_context"] = wrong
+        self.samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return scores
+
+    def _answer(self, trainer: Any, sources: Sequence[int]) -> list[str]:
+        """An answer to each question from the context of row `sources[i]`; each rank answers every n-th one."""
+        ranks, me = trainer.args.world_size, trainer.args.process_index
+        count = len(self.texts)
+        # The same number for each rank, as sharded models generate in step.
+        mine = [i % count for i in range(me, -(-count // ranks) * ranks, ranks)]
+        answers: list[tuple[int, str]] = []
+        model = trainer.unwrapped_model
+        for start in range(0, len(mine), self.batch_size):
+            rows = mine[start : start + self.batch_size]
+            questions = [self.texts[i]["question"] for i in rows]
+            contexts = self._contexts(model, [sources[i] for i in rows])
+            with trainer.compute_loss_context_manager():
+                texts = generate_answers(model, self.tokenizer, questions, contexts, len(rows))
+            answers += zip(rows, texts, strict=True)
+            trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        by_row = dict(gather_object(answers))
+        return [by_row[i] for i in range(count)]
+
+    def _contexts(self, model: Any, sources: list[int]) -> Contexts:
+        if "encoder_hidden_states" in self.rows.column_names:
+            return lambda i: self.rows[sources[i]]["encoder_hidden_states"]
+        return lambda i: self._encode(model, self.texts[sources[i]]["context"])
+
+    def _encode(self, model: Any, context: str) -> torch.Tensor:
+        tokens = self.tokenizer(prompts.context(context), add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
+        states, _ = model.encode(tokens[:, : model.config.max_position_embeddings].to(model.device))
+        return states[0]
+
+    def _scores(self, answers: Sequence[str]) -> dict[str, float]:
+        pairs = list(zip(answers, self.golds, strict=True))
+        return {"em": mean(exact_match(*pair) for pair in pairs), "f1": mean(f1(*pair) for pair in pairs)}

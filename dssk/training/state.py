@@ -1,0 +1,280 @@
+"""The state of a training run as plain tensors and JSON: the same files whichever engine trains.
+
+Under DDP every rank holds all of it, under ZeRO and FSDP a piece. It is gathered to full tensors by name, so a
+checkpoint never depends on how weights and moments were laid out:
+
+    model.safetensors       the cross-attention weights, in the precision they are trained in
+    optimizer.safetensors   `<state>.<parameter>`, such as exp_avg.transformer.cross_attn.0.mlp.c_fc.weight
+    training_state.json     learning rates, scheduler, loss scaler, and of each rank random numbers and running loss
+    trainer_state.json      transformers' own: step, epoch, best metric, log history
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dssk.models.modeling import WEIGHTS_FILE, is_cross_attn
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "training_state.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+# --- gathering (on all ranks together) --------------------------------------------------------------------------
+
+
+def gather_weights(trainer: Any) -> Tensors:
+    """The cross-attention weights, whole, on the CPU."""
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: _host(safe_get_full_fp32_param(p)) for name, p in trained_parameters(trainer)}
+    return {name: _host(_whole(p)) for name, p in trained_parameters(trainer)}
+
+
+def gather_optimizer(trainer: Any) -> Tensors:
+    """What the optimizer knows of each parameter, whole, on the CPU."""
+    tensors: Tensors = {}
+    for name, parameter in trained_parameters(trainer):
+        for key, value in _parameter_state(trainer, parameter):
+            tensors[f"{key}.{name}"] = _host(value)
+    return tensors
+
+
+def gather_run_state(trainer: Any) -> dict[str, Any]:
+    """Everything else that decides how training goes on, as JSON values."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return {
+        "learning_rates": [group["lr"] for group in trainer.optimizer.param_groups],
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else _zero_scaler(trainer),
+        "last_logged_step": trainer._globalstep_last_logged,
+        "evaluation_due": trainer.evaluation_due,
+        "ranks": gather_object([{"loss_sum": trainer._tr_loss.item(), "random": random_state()}]),
+    }
+
+
+# --- restoring (on all ranks together) --------------------------------------------------------------------------
+
+
+def restore(trainer: Any, folder: Path) -> None:
+    """Put weights, optimizer, scheduler and scaler of a checkpoint into a trainer whose model is wrapped already."""
+    weights, moments = load_file(folder / WEIGHTS_FILE), load_file(folder / OPTIMIZER_FILE)
+    _restore_weights(trainer, weights)
+    _restore_optimizer(trainer, moments)
+    saved = load_run_state(folder)
+    for group, rate in zip(trainer.optimizer.param_groups, saved["learning_rates"], strict=True):
+        group["lr"] = rate
+    trainer.lr_scheduler.load_state_dict(saved["scheduler"])
+    trainer.evaluation_due = saved["evaluation_due"]
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if saved["scaler"] is not None and scaler is not None:
+        scaler.load_state_dict(saved["scaler"])
+    elif saved["scaler"] is not None and trainer.is_deepspeed_enabled:
+        vars(trainer.model_wrapped.optimizer.loss_scaler).update(saved["scaler"])
+
+
+def load_run_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def restore_rank(trainer: Any, folder: Path) -> None:
+    """Put back this rank's random numbers and running loss."""
+    saved = load_run_state(folder)
+    ranks, me = saved["ranks"], trainer.args.process_index
+    if len(ranks) == trainer.args.world_size:
+        set_random_state(ranks[me]["random"])
+        loss_sum = ranks[me]["loss_sum"]
+    else:  # with other ranks only their mean has a meaning
+        torch.manual_seed(hash((trainer.args.seed, trainer.state.global_step, me)) % 2**63)
+        loss_sum = sum(rank["loss_sum"] for rank in ranks) / len(ranks)
+    trainer._tr_loss.fill_(loss_sum)
+    trainer._globalstep_last_logged = saved["last_logged_step"]
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all random generators of this process, as JSON values."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in cuda],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_unhex(state["torch"]))
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_unhex(text) for text in state["cuda"]])
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _unhex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+# --- the engines ------------------------------------------------------------------------------------------------
+
+
+def trained_parameters(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of all that trains, in one order on all ranks."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return ((name, p) for name, p in model.named_parameters() if is_cross_attn(name))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _inner_optimizer(trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch (or of DeepSpeed on the CPU) below the wrappers."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.model_wrapped.optimizer.optimizer
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def _parameter_state(trainer: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    if not trainer.is_deepspeed_enabled:
+        for key, value in _inner_optimizer(trainer).state.get(parameter, {}).items():
+            yield key, _whole(value)
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    states = list(_inner_optimizer(trainer).state.values())
+    if not states:
+        return
+    for key, value in states[0].items():  # a flat piece of all parameters; what is no such piece is a counter
+        if torch.is_tensor(value) and value.dim() > 0:
+            yield key, safe_get_full_optimizer_state(parameter, key)
+        else:
+            yield key, torch.as_tensor(value, dtype=torch.float32)
+
+
+def _restore_weights(trainer: Any, weights: Tensors) -> None:
+    with torch.no_grad():
+        for name, parameter in trained_parameters(trainer):
+            _set_weight(trainer, parameter, weights[name])
+
+
+def _set_weight(trainer: Any, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if not trainer.is_deepspeed_enabled:
+        parameter.copy_(_laid_out_like(value, parameter))
+        return
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        parameter.copy_(value)
+    if _is_zero3(parameter):
+        safe_set_local_fp32_param(parameter, _zero3_piece(value, parameter))
+    else:
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+
+def _restore_optimizer(trainer: Any, moments: Tensors) -> None:
+    if not moments:  # saved before the first step
+        return
+    if trainer.is_deepspeed_enabled:
+        _create_zero_state(trainer, moments)
+    for name, parameter in trained_parameters(trainer):
+        state = {key: moments[f"{key}.{name}"] for key in _keys_of(moments, name)}
+        if trainer.is_deepspeed_enabled:
+            _set_zero_state(parameter, state)
+        else:
+            _set_state(_inner_optimizer(trainer), parameter, state)
+
+
+def _set_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Tensors) -> None:
+    (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    counter_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+    optimizer.state[parameter] = {
+        key: _laid_out_like(value, parameter) if value.dim() else value.to(counter_device)
+        for key, value in state.items()
+    }
+
+
+def _laid_out_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device of `parameter`, and cut into shards as it is."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _keys_of(moments: Tensors, name: str) -> list[str]:
+    return [key.removesuffix(f".{name}") for key in moments if key.endswith(f".{name}")]
+
+
+# --- DeepSpeed's ZeRO: it optimizes flat pieces of all parameters -------------------------------------------------
+
+
+def _is_zero3(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _create_zero_state(trainer: Any, moments: Tensors) -> None:
+    """Give the flat pieces their state, which torch creates only in the first step."""
+    zero = trainer.model_wrapped.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    first, _ = next(trained_parameters(trainer))
+    for piece in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+        for key in _keys_of(moments, first):
+            value = moments[f"{key}.{first}"]
+            zero.optimizer.state[piece][key] = torch.zeros_like(piece) if value.dim() else value.clone()
+    if not stage3:
+        zero._lazy_init_hp_params_optimizer_state()  # where each parameter's moments lie
+
+
+def _set_zero_state(parameter: nn.Parameter, state: Tensors) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    for key, value in state.items():
+        if value.dim() and _is_zero3(parameter):
+            safe_set_local_optimizer_state(parameter, _zero3_piece(value, parameter), key)
+        elif value.dim():
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def _zero3_piece(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """This rank's piece of a whole tensor; the last rank's is padded."""
+    size, ranks = parameter.partition_numel(), torch.distributed.get_world_size()
+    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    return padded.narrow(0, size * torch.distributed.get_rank(), size).to(parameter.device)
+
+
+def _zero_scaler(trainer: Any) -> dict[str, Any] | None:
+    """The numbers of DeepSpeed's own loss scaler, in fp16."""
+    scaler = (
+        getattr(trainer.model_wrapped.optimizer, "loss_scaler", None)
+        if trainer.is_deepspeed_enabled
+        else None
+    )
+    return (
+        None
+        if scaler is None
+        else {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
+    )

@@ -1,0 +1,163 @@
+"""Every way a run can end: stopped from outside, diverged, failed, done. `status.json` says which."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dssk.checkpoint import latest_checkpoint
+from dssk.errors import Diverged, EnvironmentFault, Preempted
+from dssk.training.trainer import CrossAttnTrainer
+from tests.training.conftest import equal_tensors, logged, losses, on_ranks
+
+STEPS = ("--steps", "6", "--log_every", "2")
+
+
+def status(folder) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Do something in a method of the trainer when a step is reached."""
+
+    def at(method: str, step: int, action) -> None:
+        original = getattr(CrossAttnTrainer, method)
+
+        def changed(self, *args, **kwargs):
+            if self.state.global_step == step:
+                action(self)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(CrossAttnTrainer, method, changed)
+
+    return at
+
+
+def terminate(trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "saved"),
+    [
+        ("get_train_dataloader", 0, 1),
+        ("training_step", 2, 3),
+        ("prediction_step", 4, 4),
+        ("_save_checkpoint", 2, 3),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
+    run, monkeypatch, at, tmp_path, method, step, saved
+):
+    whole = run(*STEPS, "--generation_eval_samples", "4").rename(tmp_path / "whole")
+    with monkeypatch.context():
+        at(method, step, terminate)
+        with pytest.raises(Preempted, match=f"stopped at step {saved}, saved") as caught:
+            run(*STEPS, "--generation_eval_samples", "4")
+    monkeypatch.undo()
+    assert caught.value.exit_code == 75
+    (folder,) = (f.parent for f in tmp_path.glob("*/status.json") if f.parent != whole)
+    assert latest_checkpoint(folder) == folder / f"checkpoint-{saved}"
+    assert (status(folder)["state"], status(folder)["code"]) == ("preempted", 75)
+    run(*STEPS, "--generation_eval_samples", "4")
+    assert status(folder)["state"] == "done"
+    assert equal_tensors(folder / "final", whole / "final")
+    assert losses(folder) == losses(whole)
+    for name in ("eval_loss", "eval_f1"):
+        first, second = ([(e["step"], e[name]) for e in logged(f) if name in e] for f in (folder, whole))
+        assert first == second
+    best = [load_state(f)["best_global_step"] for f in (folder, whole)]
+    assert best[0] == best[1]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def load_state(folder) -> dict:
+    return json.loads((latest_checkpoint(folder) / "trainer_state.json").read_text())
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(run, at):
+    folder = run("--steps", "1", "--log_every", "1")
+    at("training_step", 3, lambda trainer: trainer.args.process_index == 1 and terminate(trainer))
+    codes = on_ranks(2, lambda: run("--steps", "9", "--log_every", "1", "-r", "1") and 0)
+    assert codes == [75, 75]
+    assert latest_checkpoint(folder).name == "checkpoint-4"
+    assert status(folder)["state"] == "preempted"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+def test_a_run_that_diverges_names_step_and_rows_and_publishes_no_nan(run, at, monkeypatch, what):
+    def poison(trainer):
+        parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+        if what == "gradient":
+            parameter.register_hook(lambda grad: grad * float("inf"))
+        else:
+            parameter.data.fill_(float("nan"))
+
+    at("_save_checkpoint" if what == "weights" else "training_step", 3, poison)
+    with pytest.raises(Diverged) as caught:
+        run("--steps", "6", "--log_every", "1")
+    assert caught.value.exit_code == 5
+    if what == "weights":
+        assert "is not finite after step 3: no checkpoint of it is written" in str(caught.value)
+    else:
+        assert "in step 4, rows " in str(caught.value)
+        rows = str(caught.value).split("rows ")[1].split(":")[0].split(", ")
+        assert len({int(row) for row in rows}) == 4
+
+
+def test_a_divergence_leaves_finite_checkpoints_only(run, at, tmp_path):
+    at("training_step", 3, lambda t: t.model.transformer.cross_attn[0].ln_1.weight.data.fill_(float("nan")))
+    with pytest.raises(Diverged):
+        run("--steps", "6", "--log_every", "1")
+    (folder,) = (f.parent for f in tmp_path.glob("*/status.json"))
+    assert latest_checkpoint(folder).name == "checkpoint-3"
+    for path in folder.glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+    assert (status(folder)["state"], status(folder)["code"]) == ("failed", 5)
+
+
+def test_a_loss_of_infinity_is_caught_where_it_arises(run, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.Trainer.training_step", lambda *args, **kwargs: torch.tensor(float("inf"))
+    )
+    with pytest.raises(Diverged, match="loss is inf in step 1, rows "):
+        run("--steps", "1", "--log_every", "1")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch, tmp_path):
+    folder = run("--steps", "2", "--log_every", "1")
+    monkeypatch.setattr("dssk.files.shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
+    with pytest.raises(EnvironmentFault, match="disk full at .*checkpoint-3 needs 305.0 kB, 1.0 kB free"):
+        run("--steps", "3", "--log_every", "1")
+    assert latest_checkpoint(folder) == folder / "checkpoint-2"
+    assert not (folder / "checkpoint-3").exists()
+    assert (status(folder)["state"], status(folder)["code"]) == ("failed", 3)
+
+
+def test_a_disk_that_fills_while_saving_leaves_nothing_half_written(run, monkeypatch):
+    folder = run("--steps", "1", "--log_every", "1")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(EnvironmentFault, match="disk full at .*checkpoint-2"):
+        run("--steps", "2", "--log_every", "1")
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_our_own_bug_is_reported_with_code_1(run, at, tmp_path):
+    def crash(trainer):
+        raise ZeroDivisionError("a bug")
+
+    at("training_step", 0, crash)
+    with pytest.raises(ZeroDivisionError):
+        run("--steps", "1", "--log_every", "1")
+    (folder,) = (f.parent for f in tmp_path.glob("*/status.json"))
+    assert (status(folder)["state"], status(folder)["code"]) == ("failed", 1)
+    assert "a bug" in status(folder)["reason"]
