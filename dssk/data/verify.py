@@ -92,7 +92,7 @@ def discard(folder: Path) -> None:
 def _infos_of_shards(folder: Path) -> dict[str, store.FileInfo]:
     """What the shards' own manifests say, for a store whose manifest is lost."""
     infos = {}
-    for path in sorted((folder / store.CONTEXTS).glob("*.arrow")):
+    for path in sorted((folder / store.CONTEXTS).glob("data-*.arrow")):
         shard = store.load_shard_info(path.with_suffix(".json"))
         name = path.relative_to(folder).as_posix()
         infos[name] = store.FileInfo(

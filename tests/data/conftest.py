@@ -3,7 +3,7 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def finished(tmp_path_factory, preprocess) -> Path:
     """A finished store of 80 rows about 40 contexts in 5 shards. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished")
     return preprocess(folder, write_jsonl(folder / "rows.jsonl", rows(40)))
+
+
+def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """What changes when a file is written again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,307 @@
+"""The preprocessing command: used again, continued, refused, and one line for what goes wrong."""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dssk import files
+from dssk.data import encode, preproc_nq, store
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, run
+from tests.conftest import REPOSITORY, make_base
+from tests.data.conftest import rows, stamps, tree, write_jsonl
+
+
+class Killed(BaseException):
+    """What no code catches: the process is gone."""
+
+
+@pytest.mark.slow
+def test_the_command_of_the_founding_document_works_from_its_folder(tmp_path, base_path, preprocess):
+    """Run as a file from dssk/data, where `inspect.py` must not hide Python's own, also from spawned processes.
+
+    Two processes give the same bytes as one.
+    """
+    command = f"""{sys.executable} preproc_nq.py \\
+        --embedding_model {base_path}/ \\
+        --maximum_input_length 256 \\
+        --batch_size 2 \\
+        --num_proc 2 \\
+        --data_cache_path {tmp_path / "two"} --dataset toy --max_examples 300"""
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY / "dssk" / "data", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "600 rows read, 600 kept (train: 300, val: 300)" in done.stdout
+    two = tmp_path / "two" / "processed_data" / base_path.name
+    assert store.load_rows(two)["train"][0]["encoder_hidden_states"].shape[1] == 32
+    one = preprocess(
+        tmp_path / "one", "toy", max_examples=300, batch_size=2, shard_rows=256, val_fraction=0.05
+    )
+    expected, found = tree(one), tree(two)
+    for files_of in (expected, found):
+        del files_of["manifest.json"]  # it holds the path of the model as it was given
+    assert found == expected
+
+
+def test_the_set_of_flags_is_known():
+    flags = {option for action in preproc_nq.build_parser()._actions for option in action.option_strings}
+    assert flags == {
+        *(
+            "-h",
+            "--help",
+            "--embedding_model",
+            "--revision",
+            "--dtype",
+            "--dataset",
+            "--dataset_revision",
+            "--split",
+        ),
+        *(
+            "--val_dataset",
+            "--val_fraction",
+            "--max_examples",
+            "--skip_bad_rows",
+            "--seed",
+            "--maximum_input_length",
+        ),
+        *(
+            "--batch_size",
+            "--batch_tokens",
+            "--num_proc",
+            "--data_cache_path",
+            "--storage_dtype",
+            "--text_only",
+        ),
+        "--shard_rows",
+    }
+
+
+def test_a_finished_folder_is_used_again(tmp_path, preprocess, source, capsys):
+    path = preprocess(tmp_path, source)
+    before = stamps(path.rglob("*"))
+    capsys.readouterr()
+    preprocess(tmp_path, source, batch_size=1, num_proc=1)  # what does not change the rows may change
+    assert capsys.readouterr().out == f"Encoded contexts found in {path}: used again.\n"
+    assert stamps(path.rglob("*")) == before
+
+
+def test_a_finished_folder_on_a_read_only_disk_is_used_again(tmp_path, preprocess, source, monkeypatch):
+    preprocess(tmp_path, source)
+    monkeypatch.setattr(files, "make_folder", lambda folder: pytest.fail("wrote"))
+    monkeypatch.setattr(files, "lock", lambda path: pytest.fail("wrote"))
+    preprocess(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        ({"maximum_input_length": 100}, r"maximum_input_length 256 \(now 100\)"),
+        ({"storage_dtype": "fp32"}, r"storage_dtype bf16 \(now fp32\)"),
+        ({"dtype": "bf16"}, r"model_dtype float32 \(now bfloat16\)"),
+        ({"val_fraction": 0.5}, r"val_fraction 0.2 \(now 0.5\)"),
+        ({"max_examples": 9}, r"max_examples None \(now 9\)"),
+        ({"text_only": True}, r"storage_dtype bf16 \(now None\)"),
+        ({"shard_rows": 9}, r"shard_rows 8 \(now 9\)"),
+        ({"dataset": "toy"}, r"dataset .*rows.jsonl \(now toy\)"),
+    ],
+)
+@pytest.mark.parametrize("finished_before", [True, False])
+def test_other_settings_in_the_same_folder_are_refused(
+    tmp_path, preprocess, source, monkeypatch, flags, difference, finished_before
+):
+    if finished_before:
+        path = preprocess(tmp_path, source)
+    else:
+        path = interrupted(tmp_path, preprocess, source, monkeypatch, after_shards=1)
+    before = tree(path)
+    with pytest.raises(DsskError, match=f"was made with .*{difference}.*: repeat those settings, or choose"):
+        preprocess(tmp_path, **({"dataset": source} | flags))
+    assert tree(path) == before
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path, preprocess, source, base_path):
+    preprocess(tmp_path, source)
+    other = make_base(tmp_path / "elsewhere" / base_path.name, seed=1)
+    with pytest.raises(DsskError, match="model_fingerprint"):
+        preprocess(tmp_path, source, model=other)
+
+
+def test_changed_rows_under_the_same_name_are_refused(tmp_path, preprocess, source):
+    preprocess(tmp_path, source)
+    write_jsonl(source, rows(41))
+    with pytest.raises(DsskError, match="dataset_contents"):
+        preprocess(tmp_path, source)
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------
+
+
+def interrupted(tmp_path, preprocess, source, monkeypatch, after_shards):
+    """Start the command and end it when it begins to write shard number `after_shards`."""
+    real = encode.encode_shard
+
+    def encode_shard(job, index, model, progress):
+        if index == after_shards:
+            raise Killed
+        real(job, index, model, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(encode, "encode_shard", encode_shard)
+        preprocess(tmp_path, source)
+    return next((tmp_path / "processed_data").glob("[!.]*"))
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, preprocess, source, monkeypatch, capsys):
+    expected = tree(preprocess(tmp_path / "whole", source))
+    path = interrupted(tmp_path / "cut", preprocess, source, monkeypatch, after_shards=3)
+    with pytest.raises(DsskError, match="unfinished"):
+        store.load_rows(path)
+    kept = stamps(path.glob("contexts/data-*"))
+    assert len(kept) == 6
+    (path / "contexts" / ".tmp-0-data").write_bytes(b"left behind")
+    preprocess(tmp_path / "cut", source)
+    assert f"Going on in {path}" in capsys.readouterr().out
+    assert stamps(kept) == kept
+    assert tree(path) == expected
+
+
+@pytest.mark.slow
+def test_every_moment_of_death_leaves_a_folder_that_goes_on(tmp_path, preprocess, monkeypatch):
+    """Die before each step that makes a file appear or vanish; the next run must end as an uninterrupted one."""
+    source = write_jsonl(tmp_path / "rows.jsonl", rows(12, questions=1))
+    expected = tree(preprocess(tmp_path / "whole", source))
+    steps = []
+
+    def run_until(folder, last_step):
+        with monkeypatch.context() as patch:
+            for module, name in ((files.os, "replace"), (files, "remove"), (files, "sync_folder")):
+                real = getattr(module, name)
+
+                def step(*args, real=real, name=name):
+                    steps.append(name)
+                    if len(steps) == last_step:
+                        raise Killed
+                    return real(*args)
+
+                patch.setattr(module, name, step)
+            return preprocess(folder, source)
+
+    run_until(tmp_path / "counted", None)
+    num_steps = len(steps)
+    assert num_steps > 30
+    for last_step in range(1, num_steps + 1):
+        steps.clear()
+        folder = tmp_path / str(last_step)
+        with pytest.raises(Killed):
+            run_until(folder, last_step)
+        path = preprocess(folder, source)
+        assert tree(path) == expected, last_step
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("file", ["data-00001-of-00005.arrow", "data-00001-of-00005.json"])
+def test_a_shard_that_is_lost_or_cut_is_encoded_again(tmp_path, preprocess, source, monkeypatch, file):
+    expected = tree(preprocess(tmp_path / "whole", source))
+    path = interrupted(tmp_path / "cut", preprocess, source, monkeypatch, after_shards=3)
+    shard = path / "contexts" / file
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert tree(preprocess(tmp_path / "cut", source)) == expected
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_temp_file(tmp_path, preprocess, source, monkeypatch):
+    real = files.HashingWriter.write
+    for room in (0, 3_000, 30_000, 100_000):
+        left = room
+
+        def write(self, data):
+            nonlocal left
+            left -= len(data)
+            if left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, data)
+
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(EnvironmentFault, match=r"^disk full at .*: make room"),
+        ):
+            patch.setattr(files.HashingWriter, "write", write)
+            preprocess(tmp_path / str(room), source)
+        assert not list((tmp_path / str(room)).rglob(".tmp-*"))
+        store.load_rows(preprocess(tmp_path / str(room), source))
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_encoded(tmp_path, preprocess, source, monkeypatch):
+    monkeypatch.setattr(encode, "load_base", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(EnvironmentFault, match=r"encoding 40 contexts needs \d+.\d kB, 100.0 kB free"):
+        preprocess(tmp_path, source)
+
+
+def test_a_second_process_on_the_same_folder_is_told_who_holds_it(tmp_path, preprocess, source, base_path):
+    folder = tmp_path / "processed_data" / base_path.name
+    folder.parent.mkdir()
+    with store.lock(folder), pytest.raises(Locked, match=r'held by \{"host": ".*", "pid": \d+, "since": "'):
+        preprocess(tmp_path, source)
+    preprocess(tmp_path, source)
+
+
+def test_a_damaged_store_is_not_used_again(tmp_path, preprocess, source):
+    path = preprocess(tmp_path, source)
+    shard = path / "contexts" / "data-00000-of-00005.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedData, match="--discard"):
+        preprocess(tmp_path, source)
+
+
+def test_a_context_limit_above_the_positions_of_the_model_is_refused(tmp_path, preprocess, source):
+    with pytest.raises(DsskError, match="257 is more than the 256 positions"):
+        preprocess(tmp_path, source, maximum_input_length=257)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, preprocess, source, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(DsskError, match="--num_proc 8 is more than the 4 visible GPUs"):
+        preprocess(tmp_path, source, num_proc=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "code"),
+    [
+        (b"", r"0 usable rows in train, of 0 rows read", 2),
+        (b'{"context": "c", "question": "q", "answer": "\xff"}\n', r"r.jsonl:1: not UTF-8 at byte 45", 2),
+        (b"{" * 5000, r"r.jsonl:1: not JSON", 2),
+        (b"[]\n" * 7, r"7 of 7 rows .* cannot be used: .*r.jsonl:5: .*; \.\.\.: mend them or pass", 2),
+        (b"\x1f\x8b", r"r.jsonl.gz is damaged", 4),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(tmp_path, preprocess, capsys, content, message, code):
+    name = "r.jsonl.gz" if content.startswith(b"\x1f") else "r.jsonl"
+    (tmp_path / name).write_bytes(content)
+    assert run(lambda: preprocess(tmp_path, tmp_path / name)) == code
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.startswith("dssk: error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_data_set_with_a_list_of_questions_goes_all_the_way(tmp_path, preprocess):
+    squad = {
+        "data": [
+            {"title": f"T{i}", "paragraphs": [{"context": f"c{i}", "qas": [{"id": f"{i}", "question": "q"}]}]}
+            for i in range(10)
+        ]
+    }
+    (tmp_path / "dev.json").write_text(json.dumps(squad))
+    loaded = store.load_rows(preprocess(tmp_path, tmp_path / "dev.json"))
+    assert loaded["val"][0]["answers"] == ["Answer not in context."]
+    assert len(loaded["val"]) == 2
