@@ -2,7 +2,8 @@
 
     python -m dssk.models.make_base --output base --dataset toy --seed 0
     python -m dssk.models.make_base --output base --text squad.jsonl.gz nq.jsonl.gz --tokenizer bpe:4096 \\
-        --hidden_size 256 --layers 3 --positions 512 --steps 1000
+        --lower_case true --hidden_size 256 --layers 3 --positions 512 --batch_size 16 --steps 400 \\
+        --memory_weight 0.3
 
 The result is an ordinary checkpoint: transformers' Auto classes load it. What is special is where training
 starts (`structured_init_`).
@@ -31,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     get_linear_schedule_with_warmup,
 )
-from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention, GPTBigCodeBlock
 
 from dssk import flags, prompts
 from dssk.data import toy
@@ -61,6 +62,7 @@ class Settings:
     steps: int
     batch_size: int  # documents
     learning_rate: float
+    memory_weight: float  # of a second loss (`Memory`); 0 for none
     seed: int
     template_version: int = prompts.TEMPLATE_VERSION
 
@@ -70,10 +72,10 @@ class Settings:
                 f"--hidden_size {self.hidden_size} with --heads {self.heads}: want at least 2 heads, each an even "
                 "number of units wide"
             )
-        if self.steps < 0 or not self.learning_rate > 0:
+        if self.steps < 0 or not self.learning_rate > 0 or not self.memory_weight >= 0:
             raise DsskError(
-                f"--steps {self.steps} with --learning_rate {self.learning_rate}: want at least 0 steps and a "
-                "rate above 0"
+                f"--steps {self.steps}, --learning_rate {self.learning_rate}, --memory_weight "
+                f"{self.memory_weight}: want a rate above 0, and none of them below 0"
             )
 
 
@@ -197,27 +199,40 @@ def make_documents(
 def train_language_model(
     model: GPTBigCodeForCausalLM, documents: list[list[int]], settings: Settings
 ) -> float:
-    """Train all weights on the next token of the documents; returns the mean loss of the last tenth."""
+    """Train on the next token of the documents; returns the mean loss of the last tenth of the steps.
+
+    With a `memory_weight` the states also have to keep what the structured first layer gives them (`Memory`),
+    and that layer's attention stays as it is: on real text the language model would else wear it away.
+    """
     if not settings.steps:
         return math.nan
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    warmup_steps = settings.steps // 10
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.steps)
+    memory = Memory(model.config.hidden_size, settings.seed) if settings.memory_weight else None
+    if memory is not None:
+        first = cast(GPTBigCodeBlock, model.transformer.h[0])
+        for module in (model.transformer.wpe, first.ln_1, first.attn):
+            module.requires_grad_(False)
+    parameters = [*model.parameters(), *(memory.parameters() if memory is not None else ())]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_linear_schedule_with_warmup(optimizer, settings.steps // 10, settings.steps)
     batches = _batches(documents, settings.batch_size, np.random.default_rng(settings.seed))
     losses, num_tokens, started = [], 0, time.monotonic()
     model.train()
     progress = tqdm(range(settings.steps), desc="language model", unit="step", disable=None)
     for _ in progress:
         input_ids, labels = next(batches)  # (B, T), (B, T)
-        loss = model(input_ids, labels=labels, use_cache=False).loss
+        states = model.transformer(input_ids, use_cache=False).last_hidden_state  # (B, T, d)
+        loss = nn.functional.cross_entropy(
+            model.lm_head(states[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        losses.append(loss.item())
+        if memory is not None:
+            loss = loss + settings.memory_weight * memory(states, labels, model.lm_head)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
         num_tokens += int((labels >= 0).sum())
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
     model.eval()
@@ -225,6 +240,39 @@ def train_language_model(
     speed = num_tokens / (time.monotonic() - started)
     print(f"language model: {num_tokens:,} tokens at {speed:,.0f} a second, loss {final:.3f}")
     return final
+
+
+class Memory(nn.Module):
+    """How badly the last hidden states tell their own token and the two before it: a second training loss.
+
+    One linear reader for each of the three, thrown away afterwards, guesses the token through the LM head. A
+    random few hundred positions of a batch are enough, so it costs next to nothing.
+    """
+
+    num_tokens, num_positions = 3, 384
+
+    def __init__(self, hidden_size: int, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.readers = nn.ParameterList(
+            nn.init.normal_(
+                torch.empty(hidden_size, hidden_size), std=hidden_size**-0.5, generator=self.generator
+            )
+            for _ in range(self.num_tokens)
+        )
+
+    def forward(self, states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+        """The readers' summed cross-entropy on states (B, T, d) of tokens `labels` (B, T; -100 = padding)."""
+        first = self.num_tokens - 1
+        rows, columns = (labels[:, first:] >= 0).nonzero(as_tuple=True)
+        drawn = torch.randint(len(rows), (self.num_positions,), generator=self.generator)
+        rows, columns = rows[drawn], columns[drawn] + first
+        chosen = states[rows, columns]
+        losses = [
+            nn.functional.cross_entropy(lm_head(chosen @ reader), labels[rows, columns - back])
+            for back, reader in enumerate(self.readers)
+        ]
+        return torch.stack(losses).sum()
 
 
 def _batches(
@@ -342,6 +390,7 @@ def parser() -> flags.Parser:
     add("--steps", type=int, default=120, help="steps of language modelling; 0: structured, but untrained")
     add("--batch_size", type=flags.positive_int, default=24, help="documents a step")
     add("--learning_rate", type=float, default=1e-3)
+    add("--memory_weight", type=float, default=0.0, help="0.3 on real text: states keep the last tokens")
     add("--seed", type=int, default=0)
     return parser
 

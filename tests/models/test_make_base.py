@@ -10,7 +10,7 @@ from dssk import prompts
 from dssk.data import toy
 from dssk.errors import DsskError
 from dssk.models.base import load_base
-from dssk.models.make_base import build_base, main, make_documents, make_tokenizer, read_pages
+from dssk.models.make_base import Memory, build_base, main, make_documents, make_tokenizer, read_pages
 from dssk.tokenizer import FIM_TOKENS, load_tokenizer
 
 STARCODER_TOKENIZER = Path("/work/shared/data/starcoder_tokenizer")
@@ -81,6 +81,37 @@ def test_training_is_reproducible_and_lowers_the_loss(tmp_path, capsys):
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert losses[1] < losses[0] - 0.3
     assert weights[1] == weights[2]
+
+
+def test_a_memory_weight_leaves_the_previous_token_heads_as_they_were(tmp_path):
+    weights = []
+    for steps, weight in ((0, 0.3), (3, 0.3), (3, 0)):
+        output = tmp_path / f"{steps}-{weight}"
+        main(["--output", str(output), "--steps", str(steps), "--memory_weight", str(weight)])
+        weights.append(load_base(output).state_dict())
+    start, kept, plain = weights
+    for name in ("wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"):
+        assert torch.equal(start[f"transformer.{name}"], kept[f"transformer.{name}"])
+        assert not torch.equal(start[f"transformer.{name}"], plain[f"transformer.{name}"])
+    assert not torch.equal(start["transformer.wte.weight"], kept["transformer.wte.weight"])
+
+
+@torch.no_grad()
+def test_memory_is_perfect_where_a_reader_finds_each_token(tokens):
+    ids = tokens(2, 10)
+    one_hot = torch.nn.functional.one_hot(ids, 300).float()
+    states = torch.cat(
+        [one_hot.roll(back, dims=1) for back in range(3)], dim=-1
+    )  # own, previous, the one before
+    memory = Memory(hidden_size=900, seed=0)
+    for back, reader in enumerate(memory.readers):
+        reader.copy_(torch.eye(900).roll(-300 * back, dims=1))
+    labels = ids.clone()
+    labels[1, 6:] = -100
+    lm_head = torch.nn.Linear(900, 300, bias=False)
+    lm_head.weight.copy_(50 * torch.eye(300, 900))
+    assert memory(states, labels, lm_head) < 1e-6
+    assert memory(states.roll(1, dims=1), labels, lm_head) > 10
 
 
 def test_the_embedded_default_is_an_ordinary_small_checkpoint(made):
@@ -201,8 +232,9 @@ def test_a_wrong_flag_exits_with_one_line(tmp_path, capsys, flags, message):
     [
         (["--hidden_size", "130"], "--hidden_size 130 with --heads 4: want at least 2 heads, each an even"),
         (["--heads", "1"], "--hidden_size 128 with --heads 1: want at least 2 heads"),
-        (["--steps", "-1"], "want at least 0 steps"),
-        (["--learning_rate", "nan"], "a rate above 0"),
+        (["--steps", "-1"], "--steps -1, --learning_rate 0.001"),
+        (["--memory_weight", "-1"], "--memory_weight -1.0: want a rate above 0, and none of them below 0"),
+        (["--learning_rate", "nan"], "want a rate above 0"),
     ],
 )
 def test_an_impossible_shape_is_refused_in_words(tmp_path, flags, message):
