@@ -13,6 +13,7 @@ from dssk.config import (
 )
 from dssk.errors import DsskError
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, is_cross_attn
 from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 
@@ -40,6 +41,24 @@ def test_every_experiment_is_valid_and_fits_its_base_model(group, exp_dict):
         n_layer=layers, n_head=heads, n_embd=128 * heads, **cross_attn_fields(cfg)
     )
     assert len(model.cross_attn_layers) == cfg.num_cross_attn_layers
+
+
+@pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
+def test_every_experiment_trains_at_its_real_depth_and_toy_widths(group, exp_dict, tokens):
+    cfg = parse_experiment(exp_dict)
+    layers, heads = LAYERS_AND_HEADS[cfg.model_path]
+    fields = cross_attn_fields(cfg)
+    if cfg.cross_attn_num_attention_heads is not None:
+        fields["cross_attn_hidden_size"] = 2 * cfg.cross_attn_num_attention_heads
+    config = CrossAttnGPTBigCodeConfig(
+        **{"n_layer": layers, "n_head": heads, "n_embd": 2 * heads, "n_positions": 32, "vocab_size": 300},
+        **fields,
+    )
+    model = CrossAttnGPTBigCodeForCausalLM(config).train()
+    ids = tokens(2, 6)
+    model(ids, labels=ids, context_input_ids=tokens(2, 5)).loss.backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients == set(filter(is_cross_attn, dict(model.named_parameters())))
 
 
 def test_the_groups_of_the_founding_document_are_there():
