@@ -16,6 +16,7 @@ from dssk.errors import DsskError, run
 
 KEY_FILE = ".wandb_key"  # in .gitignore and .havenignore
 KEY_FILE_VARIABLE = "DSSK_WANDB_KEY_FILE"  # where a job finds it: the path is no secret
+MAX_KEY_BYTES = 4096
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -45,13 +46,15 @@ def read_key(path: Path) -> str:
         raise DsskError(
             f"{path}: {error.strerror}: want a plain file, as ./copy_wandb_key.sh makes it"
         ) from None
-    with open(descriptor) as file:
+    try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             raise DsskError(
                 f"{path} is not a file of yours with mode 0600: remove it and run ./copy_wandb_key.sh"
             )
-        return file.read().strip()
+        return os.read(descriptor, MAX_KEY_BYTES).decode().strip()
+    finally:
+        os.close(descriptor)
 
 
 def write_key(path: Path) -> None:

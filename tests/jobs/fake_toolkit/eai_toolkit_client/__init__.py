@@ -12,6 +12,8 @@ import types
 import uuid
 from pathlib import Path
 
+import requests
+
 from eai_toolkit_client import rest
 
 # The job's first process is bash, as in a container; another process, the node, waits for it and notes its end.
@@ -60,7 +62,7 @@ class Job:
         self.alive = code is None
         if code is not None:
             self.state = (
-                "SUCCEEDED" if code == "0" else "CANCELLED" if (folder / "killed").exists() else "FAILED"
+                "CANCELLED" if (folder / "killed").exists() else "SUCCEEDED" if code == "0" else "FAILED"
             )
         else:
             self.state = "RUNNING" if (folder / "pid").exists() else "QUEUING"
@@ -98,17 +100,9 @@ class JobApi:
         os.kill(int((self.folder / job_id / "pid").read_text()), signal.SIGTERM)
 
 
-def _no_token(url):
+def no_token(url):
     """haven asks an address of its makers for a token: let it fall back to the command `eai`."""
-    import requests
-
     raise requests.exceptions.HTTPError(url)
 
 
-def _answer_without_network():
-    import requests
-
-    requests.get = _no_token
-
-
-_answer_without_network()
+requests.get = no_token
