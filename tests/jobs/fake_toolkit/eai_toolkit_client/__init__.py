@@ -77,9 +77,10 @@ class JobApi:
         folder = self.folder / str(uuid.uuid4())
         folder.mkdir(parents=True)
         (folder / "spec.json").write_text(json.dumps(job_spec.values | {"account_id": account_id}))
-        subprocess.Popen(
-            [sys.executable, "-c", NODE, str(folder)], start_new_session=True, stdout=subprocess.DEVNULL
-        )
+        # A node has an environment of its own: the launching machine's keys are not in it.
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+        node = [sys.executable, "-c", NODE, str(folder)]
+        subprocess.Popen(node, start_new_session=True, stdout=subprocess.DEVNULL, env=environment)
         return Job(folder)
 
     def v1_cluster_job_get(self, q):
