@@ -12,7 +12,7 @@ from exp_configs import EXP_GROUPS
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_args(groups=EXP_GROUPS)
     if args.job_scheduler:
         submit(args, EXP_GROUPS, job_configs)
         return

@@ -5,6 +5,7 @@ Every flag survives being sent again as `--name value`, as a job scheduler does.
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from dssk.flags import Parser, bool_flag, count, optional_str, positive_int
 
@@ -34,6 +35,7 @@ class RunArgs:
     save_fused: str
     generation_eval_samples: int
     report_to: str | None
+    dry_run: bool
     wandb_entity_name: str | None
     wandb_project_name: str | None
     wandb_run_name: str | None
@@ -63,10 +65,36 @@ def job_action(text: str) -> str | None:
     return action
 
 
-def build_parser() -> argparse.ArgumentParser:
+def list_groups(groups: dict[str, list[dict[str, Any]]]) -> str:
+    """The experiment groups, one a line."""
+    width = max(map(len, groups))
+    return "\n".join(
+        f"{name:{width}}  {experiments[0]['model_path']}, {experiments[0]['num_cross_attn_layers']} blocks at stride "
+        f"{experiments[0]['cross_attn_layers_stride']}, {experiments[0]['context_size']} tokens"
+        for name, experiments in groups.items()
+    )
+
+
+class ListGroups(argparse.Action):
+    """Print the groups it was made with, and exit."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(list_groups(self.const))
+        parser.exit()
+
+
+def build_parser(groups: dict[str, list[dict[str, Any]]] | None = None) -> argparse.ArgumentParser:
     parser = Parser(prog="trainval.py", description="Train the cross-attention blocks of an experiment.")
     what = parser.add_argument_group("what to train")
     what.add_argument("-e", "--exp_group", type=optional_str, help="group of experiments in exp_configs.py")
+    what.add_argument(
+        "--list",
+        action=ListGroups,
+        nargs=0,
+        const=groups or {},
+        dest=argparse.SUPPRESS,
+        help="list the experiment groups and exit",
+    )
     what.add_argument(
         "--exp_id", type=optional_str, help="train the one experiment stored under this id in --savedir_base"
     )
@@ -122,6 +150,14 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--report_to", type=optional_str, help="further loggers of transformers, such as tensorboard"
     )
+    where.add_argument(
+        "--dry_run",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=False,
+        help="print the experiment, the model's layout, memory and disk needed, and exit",
+    )
     where.add_argument("--push_to_hub", type=optional_str, help="Hub repository that gets the final model")
     wandb = parser.add_argument_group("Weights & Biases (needs entity and project)")
     wandb.add_argument("--wandb_entity_name", type=optional_str, help="user or team")
@@ -159,9 +195,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> RunArgs:
+def parse_args(
+    argv: list[str] | None = None, groups: dict[str, list[dict[str, Any]]] | None = None
+) -> RunArgs:
     """Parse the flags of `trainval.py`; a mistake is one line on standard error and exit code 2."""
-    parser = build_parser()
+    parser = build_parser(groups)
     namespace = parser.parse_args(argv)
     if (namespace.exp_group is None) == (namespace.exp_id is None):
         parser.error("want one of --exp_group and --exp_id")

@@ -17,7 +17,14 @@ def test_the_flags_are_these_and_no_others():
         *("-h", "--help", "-e", "--exp_group", "--exp_id", "--set", "-sb", "--savedir_base", "--data_path"),
         *("-r", "--reset", "--steps", "--log_every", "--push_to_hub", "-j", "--j", "--job_scheduler"),
         *("--wandb_entity_name", "--wandb_project_name", "--wandb_run_name", "--wandb_log_gradients"),
-        *("--save_total_limit", "--save_fused", "--generation_eval_samples", "--report_to"),
+        *(
+            "--save_total_limit",
+            "--save_fused",
+            "--generation_eval_samples",
+            "--report_to",
+            "--dry_run",
+            "--list",
+        ),
         *("--job_action", "--python_binary", "--deepspeed", "--dist_url", "--local_rank"),
     }
     assert all(action.help for action in build_parser()._actions)

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
+from dssk.training.deepspeed_config import load_deepspeed_config
 
 MAX_LOADER_WORKERS = 4
 
@@ -62,9 +63,13 @@ def training_arguments(
         ddp_find_unused_parameters=False,  # every batch has a context, so every trainable parameter is used
         use_cpu=not on_gpu,
         disable_tqdm=True,  # we have our own
-        deepspeed=run.deepspeed,
+        deepspeed=load_deepspeed_config(run.deepspeed, cfg, skip_steps) if run.deepspeed else None,
         report_to=run.report_to.split(",") if run.report_to else [],
     )
+    if run.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()  # before the model is built: ZeRO-3 cuts it up while loading it
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for torchrun, not for torch's DataParallel
     return arguments
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.cli import RunArgs
@@ -28,7 +29,7 @@ from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from dssk.tokenizer import load_tokenizer
-from dssk.training import state
+from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import training_arguments
 from dssk.training.callbacks import MetricsFile, Progress
@@ -36,6 +37,7 @@ from dssk.training.resume import Start, differences, find_start
 from dssk.training.status import reported
 from dssk.training.stopping import StopOnSignal, StopRequest
 from dssk.training.trainer import TRAINER_STATE_FILE, CrossAttnTrainer
+from dssk.training.wandb_report import WandbReport, check_wandb
 
 EXP_DICT = "exp_dict.json"
 
@@ -47,6 +49,10 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     savedir = Path(run.savedir_base) / experiment_id(exp_dict)
     quiet_libraries()
     data = check_inputs(cfg, run)
+    check_wandb(run)
+    if run.dry_run:
+        print(estimate.report(cfg, run, exp_dict, data))
+        return
     start = find_start(savedir, run, cfg, {"experiment": exp_dict, "data": data.checksum})
     arguments = training_arguments(cfg, run, savedir, start.skip_steps)  # joins the launcher's process group
     with open_savedir(savedir, exp_dict, start.fresh), reported(savedir, arguments.process_index):
@@ -151,6 +157,8 @@ def build_trainer(
         score_answers=scorer,
     )
     trainer.remove_callback(PrinterCallback)  # Progress prints
+    if run.wandb_project_name:
+        trainer.add_callback(WandbReport(run, facts["experiment"], Path(arguments.output_dir), scorer))
     return trainer
 
 
@@ -195,6 +203,7 @@ def write_experiment(file: Path, exp_dict: dict[str, Any]) -> None:
 def save_fused(trainer: CrossAttnTrainer, savedir: Path, run: RunArgs) -> None:
     """Write the fused models that `--save_fused` asks for, from the checkpoints, on one process."""
     if trainer.args.should_save:
+        unset_hf_deepspeed_config()  # with ZeRO-3's, loading a model would wait for the other ranks
         last = latest_checkpoint(savedir)
         assert last is not None  # training ends with a checkpoint
         wanted = run.save_fused.split(",")

@@ -45,6 +45,8 @@ def gather_weights(trainer: Any) -> Tensors:
 def gather_optimizer(trainer: Any) -> Tensors:
     """What the optimizer knows of each parameter, whole, on the CPU."""
     tensors: Tensors = {}
+    if trainer.is_deepspeed_enabled:
+        _link_zero_state(trainer.model_wrapped.optimizer)
     for name, parameter in trained_parameters(trainer):
         for key, value in _parameter_state(trainer, parameter):
             tensors[f"{key}.{name}"] = _host(value)
@@ -171,7 +173,7 @@ def _parameter_state(trainer: Any, parameter: nn.Parameter) -> Iterator[tuple[st
         if torch.is_tensor(value) and value.dim() > 0:
             yield key, safe_get_full_optimizer_state(parameter, key)
         else:
-            yield key, torch.as_tensor(value, dtype=torch.float32)
+            yield key, torch.as_tensor(value, dtype=torch.float32).clone()
 
 
 def _restore_weights(trainer: Any, weights: Tensors) -> None:
@@ -245,8 +247,17 @@ def _create_zero_state(trainer: Any, moments: Tensors) -> None:
         for key in _keys_of(moments, first):
             value = moments[f"{key}.{first}"]
             zero.optimizer.state[piece][key] = torch.zeros_like(piece) if value.dim() else value.clone()
-    if not stage3:
-        zero._lazy_init_hp_params_optimizer_state()  # where each parameter's moments lie
+    _link_zero_state(zero)
+
+
+def _link_zero_state(zero: Any) -> None:
+    """Let ZeRO 1 and 2 look up where each parameter's moments lie.
+
+    DeepSpeed 0.19.8 does so once, when only the first parameter group has been stepped, and misses the others.
+    """
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set_zero_state(parameter: nn.Parameter, state: Tensors) -> None:

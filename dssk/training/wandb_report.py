@@ -1,0 +1,151 @@
+"""Weights & Biases: one run for all ranks and restarts, online or, when the server does not answer, offline.
+
+Training never waits for it: the server is asked first, for a few seconds, and everything it gets is in
+`metrics.jsonl` as well.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from dssk.cli import RunArgs
+from dssk.errors import DsskError
+from dssk.files import publish_json
+from dssk.training.answers import AnswerScorer
+from dssk.wandb_key import find_key
+
+RUN_FILE = "wandb.json"
+ANSWER_SECONDS = 4
+MAX_TABLE_ROWS = 32
+
+
+def check_wandb(run: RunArgs) -> None:
+    """Refuse what Weights & Biases cannot do before anything is loaded."""
+    if not run.wandb_log_gradients:
+        return
+    if not run.wandb_project_name:
+        raise DsskError("--wandb_log_gradients needs --wandb_entity_name and --wandb_project_name")
+    if run.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        engine = "DeepSpeed" if run.deepspeed else "FSDP"
+        raise DsskError(
+            f"--wandb_log_gradients does not work under {engine}: it frees and cuts gradients before they can be "
+            "looked at; drop the flag, or use torchrun"
+        )
+
+
+class WandbReport(TrainerCallback):
+    """Metrics, a table of sample answers and, if asked for, gradients; on the first rank only."""
+
+    def __init__(self, run: RunArgs, exp_dict: dict[str, Any], savedir: Path, scorer: AnswerScorer | None):
+        self.flags = run
+        self.exp_dict = exp_dict
+        self.savedir = savedir
+        self.scorer = scorer
+        self.run: Any = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if importlib.util.find_spec("wandb") is None:
+            warn("wandb is not installed: metrics go to metrics.jsonl only (pip install wandb)")
+            return
+        self.run = self._init()
+        if self.flags.wandb_log_gradients:
+            self.run.watch(model.transformer.cross_attn, log="gradients", log_freq=args.logging_steps)
+
+    def _init(self) -> Any:
+        import wandb
+
+        mode = wandb_mode()
+        run_id, earlier = self._run_id()
+        if mode == "offline" and earlier:
+            warn(
+                "an offline wandb run cannot be continued: a new piece of it is kept, `wandb sync` joins them"
+            )
+        settings = wandb.Settings(
+            init_timeout=2 * ANSWER_SECONDS,
+            finish_timeout=30,
+            silent=True,
+            console="off",
+            save_code=False,
+            x_disable_meta=True,  # it holds the command line and the environment
+            x_disable_stats=True,
+        )
+        return wandb.init(
+            entity=self.flags.wandb_entity_name,
+            project=self.flags.wandb_project_name,
+            name=self.flags.wandb_run_name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=self.savedir,
+            config=self.exp_dict,
+            mode=mode,
+            settings=settings,
+        )
+
+    def _run_id(self) -> tuple[str, bool]:
+        """The id that all starts of this run share, and whether there was an earlier start."""
+        file = self.savedir / RUN_FILE
+        if file.exists():
+            return json.loads(file.read_text())["id"], True
+        run_id = secrets.token_hex(4)
+        publish_json(file, {"id": run_id})
+        return run_id, False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.run is not None and logs:
+            values = {
+                f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v
+                for k, v in logs.items()
+                if isinstance(v, int | float)
+            }
+            self.run.log(values, step=state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.run is not None and self.scorer is not None and self.scorer.samples:
+            import wandb
+
+            rows = self.scorer.samples[:MAX_TABLE_ROWS]
+            data = [[" | ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+            self.run.log({"answers": wandb.Table(columns=list(rows[0]), data=data)}, step=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.run is not None:
+            self.run.finish()
+
+
+def wandb_mode() -> Any:
+    """`WANDB_MODE` if it is set; else online if there is a key and the server answers, else offline."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if find_key() is None:
+        warn("no W&B key: logging offline; `wandb sync` uploads it later")
+        return "offline"
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not answers(address):
+        warn(f"{address} does not answer: logging to W&B offline; `wandb sync` uploads it later")
+        return "offline"
+    return "online"
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers within seconds; what it answers does not matter."""
+    try:
+        urllib.request.urlopen(f"{address}/healthz", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def warn(text: str) -> None:
+    print(f"dssk: {text}", file=sys.stderr)
