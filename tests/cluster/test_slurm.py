@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dssk.config import experiment_id
+from dssk.jobs import slurm as slurm_manager
+from dssk.jobs.states import GONE, state_of
 from tests.cluster.conftest import slurm, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -131,6 +133,21 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_later(user, three_experim
         300,
     )
     user.launch("--job_action kill", steps=1200)
+
+
+def test_states_come_from_the_accounts_once_squeue_forgot_the_jobs(
+    cluster_with_accounts, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SLURM_CONF", cluster_with_accounts["SLURM_CONF"])
+    monkeypatch.setenv("PATH", cluster_with_accounts["PATH"])
+    ends = {"COMPLETED": "true", "FAILED": "false", "CANCELLED": "sleep 60"}
+    sbatch = ["sbatch", "--parsable", f"--output={tmp_path}/log"]
+    ids = {end: slurm(cluster_with_accounts, *sbatch, f"--wrap={script}") for end, script in ends.items()}
+    slurm_manager.kill_job(None, ids["CANCELLED"])
+    wait_for(lambda: not slurm(cluster_with_accounts, "squeue", "--noheader", "--states=all"), 120)
+    found = slurm_manager.get_jobs_dict(None, [*ids.values(), "999"])
+    assert [state_of(found[job_id]["state"]) for job_id in ids.values()] == list(ends)
+    assert found["999"]["state"] == GONE
 
 
 def kill_ranks(exp_id: str) -> None:
