@@ -13,7 +13,7 @@ from exp_configs import EXP_GROUPS
 
 def main() -> None:
     args = parse_args(groups=EXP_GROUPS)
-    if args.job_scheduler:
+    if args.job_scheduler and not args.dry_run:
         submit(args, EXP_GROUPS, job_configs)
         return
     if args.wandb_project_name:

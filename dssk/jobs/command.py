@@ -15,16 +15,8 @@ SCRIPT = "trainval.py"  # a job's working directory is its own copy of the code
 NGPUS = re.compile(r"\$\{NGPUS\}|\$?\bNGPUS\b")
 # A job trains a stored experiment: it gets no group and no overrides. It never resets, nor submits jobs itself.
 NOT_SENT = {
-    *(
-        "exp_group",
-        "overrides",
-        "reset",
-        "job_scheduler",
-        "job_action",
-        "python_binary",
-        "dist_url",
-        "local_rank",
-    ),
+    *("exp_group", "overrides", "reset", "dry_run", "job_scheduler", "job_action", "python_binary"),
+    *("dist_url", "local_rank"),
 }
 
 
