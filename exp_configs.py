@@ -55,7 +55,7 @@ EXP_GROUPS = {
             "include_context_ids": False,
             "train_batch_size": 32,
             "test_batch_size": 64,
-            "learning_rate": 1e-2,
+            "learning_rate": 5e-3,
             "warmup_ratio": 0.0625,
             "adam_beta2": 0.98,
             "weight_decay": 1e-2,
