@@ -95,6 +95,8 @@ class CrossAttnTrainer(Trainer):
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(seconds, 1e-9), 1)
             self._logged_seconds += seconds
             self._tokens = 0
+        if "train_runtime" in logs:  # the last one
+            logs |= {f"{use}_seconds": round(seconds, 3) for use, seconds in self.seconds.items()}
         super().log(logs, *args, **kwargs)
 
     @contextlib.contextmanager
