@@ -35,7 +35,9 @@ class ExperimentConfig(BaseModel):
     cross_attn_hidden_size: int | None = Field(ge=1, description="width of the blocks; None: the decoder's")
     cross_attn_num_attention_heads: int | None = Field(ge=1, description="heads; None: the decoder's")
     cross_attn_num_key_value_heads: int | None = Field(ge=1, description="key/value heads; None: all heads")
-    cross_attn_init: Literal["zero", "normal"] = Field(description="zero: start as the base model exactly")
+    cross_attn_init: Literal["zero", "normal", "copy"] = Field(
+        description="zero: start as the base model exactly; copy: the last block starts as an induction head"
+    )
 
     context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
     include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")

@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 LEVELS = [
     ["errors", "flags", "prompts", "files", "console", "wandb_key"],
     ["config", "tokenizer"],
-    ["models.configuration", "models.cross_attention", "models.loss", "models.modeling", "models.base"],
+    ["models.configuration", "models.cross_attention", "models.loss", "models.modeling", "models.copy_init", "models.base"],
     ["data", "models.make_base"],
     ["checkpoint"],
     ["evaluation"],

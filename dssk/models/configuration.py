@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GPTBigCodeConfig
 
-INITS = ("zero", "normal")
+INITS = ("zero", "normal", "copy")
 
 
 @strict
@@ -24,7 +24,8 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
         cross_attn_num_key_value_heads: fewer than the attention heads shrink the projected context;
             `None` for as many as there are attention heads.
         cross_attn_init: `"zero"` starts each block as the identity, so that the fused model equals its base
-            until the first training step; `"normal"` draws its output projections like all others.
+            until the first training step; `"normal"` draws its output projections like all others; `"copy"` is
+            "zero" until `dssk.models.copy_init.copy_init_` has set the last block.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
             model named by `base_model_name_or_path` and `base_model_revision`.
     """

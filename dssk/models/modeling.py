@@ -106,7 +106,7 @@ class CrossAttnGPTBigCodeModel(GPTBigCodeModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CrossAttnOutput) and self.config.cross_attn_init == "zero":
+        if isinstance(module, CrossAttnOutput) and self.config.cross_attn_init != "normal":
             init.zeros_(module.weight)
         elif isinstance(module, CrossAttnLinear):
             std = self.config.initializer_range

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
@@ -14,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dssk import prompts
 from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
@@ -27,6 +29,7 @@ from dssk.files import lock, make_folder, publish_json, remove_temps, size
 from dssk.flags import nearest
 from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from dssk.tokenizer import load_tokenizer
 from dssk.training import estimate, state
@@ -102,9 +105,11 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     check_model(manifest, cfg.model_path)
     base = load_base_config(cfg.model_path)
     try:
-        CrossAttnGPTBigCodeConfig(
+        model = CrossAttnGPTBigCodeConfig(
             n_layer=base.n_layer, n_embd=base.n_embd, n_head=base.n_head, **cross_attn_fields(cfg)
         )
+        if cfg.cross_attn_init == "copy":
+            check_copy_init(model)
     except ValueError as error:
         raise DsskError(f"experiment: {error}") from None
     if cfg.context_size > base.n_positions:
@@ -140,6 +145,12 @@ def build_trainer(
     tokenizer = load_tokenizer(cfg.model_path)
     model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
+    if cfg.cross_attn_init == "copy":
+        copy_init_(
+            model.to(arguments.device),
+            distinct_contexts(rows["train"], tokenizer, cfg.context_size),
+            cfg.seed,
+        )
     scorer = None
     if run.generation_eval_samples:
         scorer = AnswerScorer(rows["val"], tokenizer, cfg.test_batch_size, run.generation_eval_samples)
@@ -160,6 +171,17 @@ def build_trainer(
     if run.wandb_project_name:
         trainer.add_callback(WandbReport(run, facts["experiment"], Path(arguments.output_dir), scorer))
     return trainer
+
+
+def distinct_contexts(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, context_size: int
+) -> Iterator[list[int]]:
+    """The tokens of each context, once, as they are encoded."""
+    seen = set()
+    for text in rows.select_columns("context")["context"]:
+        if text not in seen:
+            seen.add(text)
+            yield tokenizer(prompts.context(text), add_special_tokens=False)["input_ids"][:context_size]
 
 
 @contextlib.contextmanager

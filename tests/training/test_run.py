@@ -67,6 +67,13 @@ def test_bfloat16_trains_fp32_blocks(run):
     assert {t.dtype for t in weights(folder / "checkpoint-2").values()} == {torch.float32}
 
 
+def test_a_copying_start_trains_and_one_that_does_not_fit_is_refused(run):
+    start = {"cross_attn_init": "copy", "cross_attn_final_layer": True, "cross_attn_layers_stride": 1}
+    assert losses(run("--steps", "2", "--log_every", "1", **start))
+    with pytest.raises(DsskError, match="does not fit cross_attn_final_layer"):
+        run("--steps", "2", **{**start, "cross_attn_final_layer": False})
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "reduce_lr_on_plateau"])
 def test_every_schedule_trains(run, schedule):
     assert losses(run("--steps", "2", "--log_every", "1", lr_scheduler_type=schedule))
