@@ -4,7 +4,7 @@ SEED ?= 0
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint clean bench-data
 
 install: .venv/.installed
 
@@ -24,6 +24,9 @@ demo: install
 		--steps 800 --log_every 200
 	$(BIN)/python -m dssk.evaluation.evaluate --checkpoint $(DEMO)/seed-$(SEED)/runs \
 		--data_path $(DEMO)/seed-$(SEED)/processed_data/base --output $(DEMO)/scores.json
+
+bench-data: install
+	$(BIN)/python benchmarks/bench_data.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -241,7 +241,7 @@ def encode_shard(
         pa.ipc.new_stream(file, schema) as writer,
     ):
         written: Future | None = None
-        for batch in _batches(job, index):
+        for batch in batches(job, index):
             record = encoder.record(batch, schema)
             if written:
                 written.result()
@@ -263,13 +263,15 @@ def encode_shard(
     files.publish_text(job.path(index, ".json"), info.model_dump_json(indent=1) + "\n")
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Contexts that go through the model together."""
+
     first_row: int
     contexts: list[str]
     input_ids: list[list[int]]
 
 
-def _batches(job: Job, index: int) -> Iterator[_Batch]:
+def batches(job: Job, index: int) -> Iterator[Batch]:
     """The contexts of a shard, longest first, cut into batches."""
     rows = planning.shard_tokens(job.folder, index)
     contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
@@ -277,7 +279,7 @@ def _batches(job: Job, index: int) -> Iterator[_Batch]:
     while start < len(input_ids):
         # the first is the longest, so it decides the padded size
         end = start + max(1, min(job.batch_size, job.batch_tokens // len(input_ids[start])))
-        yield _Batch(job.plan.shards[index].first_row + start, contexts[start:end], input_ids[start:end])
+        yield Batch(job.plan.shards[index].first_row + start, contexts[start:end], input_ids[start:end])
         start = end
 
 
@@ -289,7 +291,7 @@ class _Encoder:
         self._model = model
         self.out_of_memory_splits = 0
 
-    def record(self, batch: _Batch, schema: pa.Schema) -> pa.RecordBatch:
+    def record(self, batch: Batch, schema: pa.Schema) -> pa.RecordBatch:
         """The rows of `batch` with their encodings, in the columns of `schema`."""
         lengths = np.array([len(ids) for ids in batch.input_ids])
         states, scale = store.quantize(self._states(batch), self._storage_dtype)
@@ -310,7 +312,7 @@ class _Encoder:
             columns.append(_binary(scale, lengths))
         return pa.record_batch(columns, schema=schema)
 
-    def _states(self, batch: _Batch) -> torch.Tensor:
+    def _states(self, batch: Batch) -> torch.Tensor:
         """The states of all tokens of the batch, one context after the other: (tokens, hidden_size)."""
         try:
             return self._forward(batch.input_ids)
@@ -323,8 +325,8 @@ class _Encoder:
         self.out_of_memory_splits += 1
         torch.cuda.empty_cache()
         half = len(batch.input_ids) // 2
-        first = _Batch(batch.first_row, batch.contexts[:half], batch.input_ids[:half])
-        second = _Batch(batch.first_row + half, batch.contexts[half:], batch.input_ids[half:])
+        first = Batch(batch.first_row, batch.contexts[:half], batch.input_ids[:half])
+        second = Batch(batch.first_row + half, batch.contexts[half:], batch.input_ids[half:])
         return torch.cat([self._states(first), self._states(second)])
 
     def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:

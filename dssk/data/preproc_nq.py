@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
     quiet_libraries()
     with ranks.join() as team, contextlib.ExitStack() as locks:
-        job = team.from_first(lambda: _prepare(args, locks, team))
+        job = team.from_first(lambda: prepare(args, locks, team))
         if job is None:
             return None
         encode_shards(job, team, args.num_proc)
@@ -122,7 +122,7 @@ def _fraction(text: str) -> float:
 # --- before anything is encoded ---------------------------------------------------------------------------------
 
 
-def _prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.Ranks) -> Job | None:
+def prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.Ranks) -> Job | None:
     """Check everything, lock the folder, and plan what is to be encoded; None if it all exists."""
     config = _check_model(args)
     _check_devices(args, team)

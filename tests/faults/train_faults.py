@@ -139,7 +139,6 @@ def kill(world: World, count: int, rng: random.Random) -> dict:
         step = newest_step(world.savedir(world.folder / "killed"))
         lost = max(lost, world.told[STEP] - step)
         assert world.told[STEP] - step <= 1, f"kill {number}: step {world.told[STEP]}, resumable {step}"
-    steps = newest_step(world.savedir(world.folder / "killed")) + 2
     return {
         "kills": count,
         "inside a save": inside,

@@ -1,0 +1,153 @@
+"""Kill preprocessing with signal 9 at random moments, start the same command again, and compare every byte.
+
+    python tests/faults/kill_preproc.py --kills 200 --num_proc 1 2 --seed 0
+
+Each trial starts in an empty folder, is killed once, and must then end exactly as a run that nobody killed: the same
+files with the same bytes, no temporary file, no shard encoded twice that was finished, no worker left behind.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from dssk.data import preproc_nq
+from tests.conftest import make_base
+from tests.data.conftest import rows, stamps, tree, write_jsonl
+
+SHARD_ROWS = 8
+
+
+def is_running(process: Path) -> bool:
+    """Whether a process (its folder in /proc) lives; one that nobody has waited for yet does not."""
+    try:
+        return ") Z " not in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Trials:
+    """Runs of one command, in processes forked from this one so that nothing is imported again."""
+
+    def __init__(self, folder: Path, num_contexts: int):
+        self.folder = folder
+        self.base = make_base(folder / "base")
+        self.source = write_jsonl(folder / "rows.jsonl", rows(num_contexts))
+
+    def path(self, name: str) -> Path:
+        return self.folder / name / "processed_data" / self.base.name
+
+    def start(self, name: str, num_proc: int) -> int:
+        """Start the command on an output folder; returns the process's id."""
+        command = f"--maximum_input_length 256 --batch_size 2 --shard_rows {SHARD_ROWS} --num_proc {num_proc}".split()
+        paths = {"embedding_model": self.base, "data_cache_path": self.folder / name, "dataset": self.source}
+        command += [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
+        if pid := os.fork():
+            return pid
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(preproc_nq.run(lambda: preproc_nq.main(command)))
+
+    def finish(self, name: str, num_proc: int) -> float:
+        """Run the command to its end; returns the seconds it took."""
+        started = time.monotonic()
+        _, status = os.waitpid(self.start(name, num_proc), 0)
+        assert os.waitstatus_to_exitcode(status) == 0, f"{name}: the command failed after a kill"
+        return time.monotonic() - started
+
+    def kill_once(self, name: str, num_proc: int, after_seconds: float) -> bool:
+        """Kill the command after some time, with all its workers; False if it had ended by then."""
+        pid = self.start(name, num_proc)
+        time.sleep(after_seconds)
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            return False
+        workers = [
+            Path(f"/proc/{child}") for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        deadline = time.monotonic() + 60  # one that is still importing finds out afterwards
+        while any(map(is_running, workers)):
+            assert time.monotonic() < deadline, f"{name}: a worker outlived its parent"
+            time.sleep(0.01)
+        return True
+
+    def state(self, name: str) -> str:
+        """What a command was at when it died."""
+        path = self.path(name)
+        if (path / "manifest.json").exists():
+            return "cleaning up"
+        if not (path / ".staging").exists():
+            return "starting"
+        if not (path / ".staging" / "plan.json").exists():
+            return "reading"
+        arrows = list((path / "contexts").glob("data-*.json"))
+        return (
+            "encoding"
+            if len(arrows) < len(list(self.path("whole").glob("contexts/data-*.json")))
+            else "finishing"
+        )
+
+    def finished_shards(self, name: str) -> dict[Path, tuple[int, int]]:
+        """The stamps of the shards that must not be encoded again."""
+        return stamps(p.with_suffix(".arrow") for p in (self.path(name) / "contexts").glob("data-*.json"))
+
+
+def run(
+    kills: int, num_procs: list[int], seed: int, num_contexts: int, say: Callable[[str], object]
+) -> Counter:
+    """`kills` trials, by turns with each number of processes; returns how many kills fell into each phase."""
+    rng = random.Random(seed)
+    phases: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(Path(folder), num_contexts)
+        trials.finish("whole", 1)
+        expected = tree(trials.path("whole"))
+        seconds = {num_proc: trials.finish(f"timed-{num_proc}", num_proc) for num_proc in num_procs}
+        while phases.total() < kills:
+            num_proc = num_procs[phases.total() % len(num_procs)]
+            name = str(phases.total())
+            if trials.kill_once(name, num_proc, rng.uniform(0, seconds[num_proc])):
+                phase = trials.state(name)
+                check(trials, name, num_proc, expected)
+                phases[phase] += 1
+                say(f"{phases.total()} of {kills}: {num_proc} processes, killed while {phase}: same bytes")
+            shutil.rmtree(trials.folder / name, ignore_errors=True)
+    return phases
+
+
+def check(trials: Trials, name: str, num_proc: int, expected: dict[str, bytes]) -> None:
+    """Go on after a kill and compare with a run that nobody killed."""
+    finished = trials.finished_shards(name)
+    temps = list(trials.path(name).glob("contexts/.tmp-*.arrow"))
+    assert len(temps) <= num_proc, f"{name}: {len(temps)} unfinished shards for {num_proc} processes"
+    trials.finish(name, num_proc)
+    assert stamps(finished) == finished, f"{name}: a finished shard was encoded again"
+    found = tree(trials.path(name))
+    different = [file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file)]
+    assert not different, f"{name}: {different} differ"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--num_proc", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contexts", type=int, default=160, help="contexts of the source")
+    args = parser.parse_args()
+    phases = run(args.kills, args.num_proc, args.seed, args.contexts, lambda line: print(line, flush=True))
+    print(f"{phases.total()} kills, all bit-identical. Killed while: {dict(phases)}")
+
+
+if __name__ == "__main__":
+    main()
