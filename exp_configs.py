@@ -31,6 +31,7 @@ BASE_CONFIG = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-6,
+    "adam_moments": "bf16",  # a third less of every checkpoint
     "weight_decay": 5e-2,
     "max_grad_norm": 1.0,
     "label_smoothing_factor": 0.0,
@@ -57,6 +58,29 @@ EXP_GROUPS = {
             "test_batch_size": 64,
             "learning_rate": 5e-3,
             "warmup_ratio": 0.0625,
+            "adam_beta2": 0.98,
+            "weight_decay": 1e-2,
+            "fp16": False,
+            "gradient_checkpointing": False,
+        }
+    ],
+    # Real text on a CPU: a base of a few million parameters made by `python -m dssk.models.make_base --text ...`.
+    "crossattn_small": [
+        {
+            **BASE_CONFIG,
+            "model_path": "runs/squad/base",
+            "num_cross_attn_layers": 3,
+            "cross_attn_layers_stride": 1,
+            "cross_attn_shared_weights": False,
+            "cross_attn_dropout_prob": 0.0,
+            "cross_attn_final_layer": True,
+            "cross_attn_init": "copy",  # from zero such a base takes far longer to look at the context
+            "context_size": 512,
+            "include_context_ids": False,
+            "train_batch_size": 32,
+            "test_batch_size": 64,
+            "learning_rate": 1e-3,
+            "warmup_ratio": 0.06,
             "adam_beta2": 0.98,
             "weight_decay": 1e-2,
             "fp16": False,

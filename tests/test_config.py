@@ -19,6 +19,7 @@ from exp_configs import BASE_CONFIG, EXP_GROUPS
 
 LAYERS_AND_HEADS = {  # of the published base models
     "runs/demo/base": (2, 4),
+    "runs/squad/base": (3, 4),
     "TabbyML/SantaCoder-1B": (24, 16),
     "bigcode/starcoder": (40, 48),
     "bigcode/starcoderbase-1b": (24, 16),
@@ -61,8 +62,8 @@ def test_every_experiment_trains_at_its_real_depth_and_toy_widths(group, exp_dic
     assert gradients == set(filter(is_cross_attn, dict(model.named_parameters())))
 
 
-def test_the_groups_of_the_founding_document_are_there():
-    names = "tiny santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
+def test_the_groups_of_experiments_are_these():
+    names = "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
     assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()}
 
 
