@@ -62,6 +62,9 @@ class ExperimentConfig(BaseModel):
     adam_beta1: float = Field(ge=0, lt=1, description="decay of AdamW's first moment")
     adam_beta2: float = Field(ge=0, lt=1, description="decay of AdamW's second moment")
     adam_epsilon: float = Field(gt=0, description="AdamW's epsilon")
+    adam_moments: Literal["bf16", "fp32"] = Field(
+        description="precision that AdamW's moments are rounded to after each step"
+    )
     weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(gt=0, description="gradients are clipped to this norm")
     label_smoothing_factor: float = Field(

@@ -34,6 +34,7 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    checkpoint: int  # on the disk: weights in fp32, and the moments as they are rounded
 
     def per_rank(self, engine: str, ranks: int) -> int:
         """Bytes on each of so many ranks."""
@@ -41,11 +42,6 @@ class Estimate:
         moments = {"ddp": 1, "zero2": ranks, "zero3": ranks}[engine]
         weights = (self.frozen + self.trained) // whole
         return weights + (self.gradients + self.optimizer) // moments + self.activations
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes of one checkpoint: weights and moments in fp32."""
-        return (1 + MOMENTS) * FP32_BYTES * self.trained_parameters
 
 
 def meta_model(cfg: ExperimentConfig) -> CrossAttnGPTBigCodeForCausalLM:
@@ -71,7 +67,13 @@ def estimate(cfg: ExperimentConfig, model: CrossAttnGPTBigCodeForCausalLM) -> Es
         gradients=trained * FP32_BYTES,
         optimizer=MOMENTS * trained * FP32_BYTES,
         activations=_activations(cfg, model.config) * item,
+        checkpoint=trained * checkpoint_bytes(cfg),
     )
+
+
+def checkpoint_bytes(cfg: ExperimentConfig) -> int:
+    """Bytes that one trained parameter takes in a checkpoint."""
+    return FP32_BYTES + MOMENTS * (2 if cfg.adam_moments == "bf16" else FP32_BYTES)
 
 
 def _activations(cfg: ExperimentConfig, config: CrossAttnGPTBigCodeConfig) -> int:

@@ -270,7 +270,10 @@ def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
             f"{trainer.global_batch} rows: {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated "
             f"x {args.world_size} ranks; at most {trainer.global_batch * trainer.cfg.context_size:,} tokens",
         ),
-        ("checkpoint", f"about {size(3 * 4 * trained)}, every {args.save_steps:.0f} steps"),
+        (
+            "checkpoint",
+            f"about {size(trained * estimate.checkpoint_bytes(trainer.cfg))}, every {args.save_steps:.0f} steps",
+        ),
         *(("skipped", reason) for reason in start.skipped),
         ("start", f"resuming from step {start.step}" if start.checkpoint else "starting at step 0"),
     ]

@@ -68,7 +68,11 @@ class CrossAttnTrainer(Trainer):
         self.sampler.set_epoch(epoch)
         self.train_dataset.set_epoch(epoch)
         if self.evaluation_due:
-            self._evaluate_and_rank()
+            try:
+                self._evaluate_and_rank()
+            except EvaluationStopped:  # the checkpoint that one resumed from says all there is to say
+                self.control.should_training_stop = True
+                return
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -134,6 +138,12 @@ class CrossAttnTrainer(Trainer):
         more = f" and {len(mine) - MAX_ROWS_NAMED} more" if len(mine) > MAX_ROWS_NAMED else ""
         return ", ".join(list(ids)[:MAX_ROWS_NAMED]) + more
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.cfg.adam_moments == "bf16":
+            optimizer.register_step_post_hook(state.round_moments)
+        return optimizer
+
     # --- evaluation
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
@@ -158,8 +168,8 @@ class CrossAttnTrainer(Trainer):
         return output
 
     def _evaluate_and_rank(self) -> None:
-        self.evaluation_due = False
         self._determine_best_metric(self._evaluate(None, None), None)
+        self.evaluation_due = False
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Find the best evaluation so far; the first of equals."""

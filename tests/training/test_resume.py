@@ -37,7 +37,7 @@ def cut_after(folder, step: int) -> None:
         ({}, 0),
         ({"skip_steps": 4}, 2),
         ({"include_context_ids": True, "do_repetition_augmentations": True, "train_batch_size": 16}, 0),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "adam_moments": "fp32"}, 0),
     ],
     ids=str,
 )

@@ -76,6 +76,27 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_stop_in_an_evaluation_that_is_made_up_for_loses_nothing(run, monkeypatch, at, tmp_path):
+    flags = (*STEPS, "--generation_eval_samples", "4")
+    whole = run(*flags).rename(tmp_path / "whole")
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            at_four = CrossAttnTrainer.prediction_step
+
+            def stop_at_four(self, *args, original=at_four, **kwargs):
+                if self.state.global_step == 4:
+                    terminate(self)
+                return original(self, *args, **kwargs)
+
+            patch.setattr(CrossAttnTrainer, "prediction_step", stop_at_four)
+            with pytest.raises(Preempted, match="stopped at step 4, saved"):
+                run(*flags)
+    folder = run(*flags)
+    assert equal_tensors(folder / "final", whole / "final")
+    assert losses(folder) == losses(whole)
+    assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [2, 4, 6]
+
+
 def load_state(folder) -> dict:
     return json.loads((latest_checkpoint(folder) / "trainer_state.json").read_text())
 
@@ -132,7 +153,7 @@ def test_a_loss_of_infinity_is_caught_where_it_arises(run, monkeypatch):
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch, tmp_path):
     folder = run("--steps", "2", "--log_every", "1")
     monkeypatch.setattr("dssk.files.shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(EnvironmentFault, match="disk full at .*checkpoint-3 needs 305.0 kB, 1.0 kB free"):
+    with pytest.raises(EnvironmentFault, match="disk full at .*checkpoint-3 needs 203.. kB, 1.0 kB free"):
         run("--steps", "3", "--log_every", "1")
     assert latest_checkpoint(folder) == folder / "checkpoint-2"
     assert not (folder / "checkpoint-3").exists()
