@@ -4,7 +4,7 @@ SEED ?= 0
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: install demo test lint clean bench-data
+.PHONY: install demo test lint clean bench-data bench-train test-launchers
 
 install: .venv/.installed
 
@@ -38,3 +38,11 @@ test: lint
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+bench-train: install
+	$(BIN)/python benchmarks/bench_train.py
+
+# Every launcher on two CPU ranks. It installs DeepSpeed, which compiles for about a minute on its first run.
+test-launchers: install
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,deepspeed]" ninja
+	$(BIN)/python -m tests.faults.launchers

@@ -138,8 +138,8 @@ def build_parser(groups: dict[str, list[dict[str, Any]]] | None = None) -> argpa
         type=fused_choices,
         default="final,best",
         metavar="WHEN",
-        help="when to write the fused model, base and blocks in one: final, best, both (%(default)s), every "
-        "checkpoint too, or never",
+        help="when to write the fused model, base and blocks in one: words of final, best, every (in each "
+        "checkpoint) and never, with commas between them (%(default)s)",
     )
     where.add_argument(
         "--generation_eval_samples",

@@ -1,6 +1,8 @@
 """What happens beside training: the metrics file and what one sees of the progress."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from dssk.console import watched
+from dssk.errors import DsskError
 from dssk.files import machine_faults, publish_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -42,6 +45,28 @@ def _is_until(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except ValueError:  # the last line of a process that was killed
         return False
+
+
+class FuseEvery(TrainerCallback):
+    """Write the fused model of each checkpoint into it, in a process that knows nothing of ranks and sharding."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        command = [
+            sys.executable,
+            "-m",
+            "dssk.export",
+            "--checkpoint",
+            checkpoint,
+            "--output",
+            checkpoint / "fused",
+        ]
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            raise DsskError(f"cannot fuse {checkpoint}: {result.stderr.strip().splitlines()[-1]}")
 
 
 class Progress(TrainerCallback):

@@ -35,7 +35,7 @@ from dssk.tokenizer import load_tokenizer
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import training_arguments
-from dssk.training.callbacks import MetricsFile, Progress
+from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
 from dssk.training.resume import Start, differences, find_start
 from dssk.training.status import reported
 from dssk.training.stopping import StopOnSignal, StopRequest
@@ -168,6 +168,8 @@ def build_trainer(
         score_answers=scorer,
     )
     trainer.remove_callback(PrinterCallback)  # Progress prints
+    if "every" in run.save_fused:
+        trainer.add_callback(FuseEvery())
     if run.wandb_project_name:
         trainer.add_callback(WandbReport(run, facts["experiment"], Path(arguments.output_dir), scorer))
     return trainer

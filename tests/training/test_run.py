@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
-from dssk.checkpoint import load_model
+from dssk import export
+from dssk.checkpoint import load_model, verify_checkpoint
 from dssk.cli import parse_args
 from dssk.config import parse_experiment
 from dssk.data.store import load_rows
@@ -41,6 +42,58 @@ def test_a_checkpoint_and_the_fused_model_reload_to_bit_equal_logits(run, tokens
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(outputs[0], models[0](ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("when", "folders"),
+    [
+        ("never", set()),
+        ("best", {"best"}),
+        ("final,best", {"final", "best"}),
+        ("every", {"checkpoint-2/fused"}),
+    ],
+)
+def test_the_fused_model_is_written_when_it_is_asked_for(run, when, folders):
+    folder = run("--steps", "2", "--log_every", "2", "--save_fused", when)
+    fused = {str(f.parent.relative_to(folder)) for f in folder.rglob("model.safetensors")} - {"checkpoint-2"}
+    assert fused == folders
+    for name in folders:
+        assert load_model(folder / name)[0].config.cross_attn_only is False
+    assert verify_checkpoint(folder / "checkpoint-2")["step"] == 2
+
+
+def test_the_best_checkpoint_is_the_one_of_the_highest_f1_among_equals_of_the_lowest_loss(run, monkeypatch):
+    scores = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.1}
+
+    def score(scorer, trainer):
+        return {"f1": scores[trainer.state.global_step]}
+
+    monkeypatch.setattr("dssk.training.answers.AnswerScorer.__call__", score)
+    flags = ("--log_every", "1", "--generation_eval_samples", "4", "--save_fused", "best")
+    folder = run("--steps", "4", *flags, "--save_total_limit", "1", learning_rate=1e-2)
+    assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+    assert equal_tensors_of_blocks(folder / "best", folder / "checkpoint-3")
+
+
+def equal_tensors_of_blocks(fused, checkpoint) -> bool:
+    saved = weights(fused)
+    return all(torch.equal(saved[name], tensor) for name, tensor in weights(checkpoint).items())
+
+
+def test_export_fuses_a_checkpoint_and_spares_what_is_no_export(
+    run, tmp_path, base_path, monkeypatch, capsys
+):
+    folder = run("--steps", "1", "--log_every", "1", "--save_fused", "never")
+    output = tmp_path / "exported"
+    monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(folder), "--output", str(output)])
+    for _ in range(2):  # an export may be replaced
+        export.main()
+    assert equal_tensors_of_blocks(output, folder / "checkpoint-1")
+    for precious in (base_path, folder / "checkpoint-1"):
+        monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(folder), "--output", str(precious)])
+        with pytest.raises(DsskError, match="exists and is no export"):
+            export.main()
+    assert verify_checkpoint(folder / "checkpoint-1")
 
 
 def test_training_lowers_the_loss(run):
