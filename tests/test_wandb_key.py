@@ -1,5 +1,6 @@
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_script_writes_a_file_for_its_owner_and_says_nothing_of_the_key(home
     netrc(home)
     script = tmp_path / "copy_wandb_key.sh"
     script.write_bytes((REPOSITORY / script.name).read_bytes())
-    environment = {"PATH": f"{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}", "HOME": str(home)}
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home)}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["bash", "-x", str(script)], env=environment, capture_output=True, text=True, umask=0
