@@ -6,7 +6,6 @@ worker computes on one thread, because the order of additions, and with it the l
 
 import contextlib
 import multiprocessing
-import multiprocessing.process
 import os
 import signal
 import threading
@@ -14,8 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from dssk.errors import Diverged, DsskError, EnvironmentFault
 from dssk.models.base import encode, load_base
 
 _PAD_ID = 0  # padding is masked, so any token does
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a bare RuntimeError in torch 2.13
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,11 @@ def encode_shards(job: Job, team: Ranks, num_proc: int) -> None:
 
 
 def load_model(job: Job, device_index: int) -> GPTBigCodeForCausalLM:
-    device = f"cuda:{device_index}" if torch.cuda.is_available() else "cpu"
+    """The base on GPU number `device_index`, or on the CPU of a machine without any."""
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus <= device_index:
+        raise DsskError(f"process {device_index} of this node has no GPU: start at most {num_gpus}")
+    device = f"cuda:{device_index}" if num_gpus else "cpu"
     return load_base(job.model_path, job.revision, dtype=job.model_dtype, device=device)
 
 
@@ -144,34 +149,22 @@ def _encode_in_processes(
 ) -> None:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     todo = iter(shards)
-    workers: dict[Connection, _Worker] = {}
+    workers = [_Worker(context, job, rank) for rank in range(num_proc)]
     try:
-        for rank in range(num_proc):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(job, rank, theirs), name=f"encoder {rank}", daemon=True
-            )
-            process.start()
-            theirs.close()
-            workers[ours] = _Worker(process)
-            workers[ours].next_shard(ours, todo)
-        while workers:
-            for ours in cast(list[Connection], wait(list(workers))):
-                worker = workers[ours]
-                try:
-                    message = ours.recv()
-                except EOFError:
-                    raise worker.lost(job) from None
-                if isinstance(message, DsskError):
-                    raise message
+        busy = {worker.connection: worker for worker in workers if worker.next_shard(todo)}
+        while busy:
+            for connection in cast(list[Connection], wait(list(busy))):
+                message = busy[connection].receive()
                 if message != _DONE:
                     progress(message)
-                elif not worker.next_shard(ours, todo):
-                    worker.process.join()
-                    del workers[ours]
-    finally:
-        for worker in workers.values():
+                elif not busy[connection].next_shard(todo):
+                    del busy[connection]
+    except BaseException:
+        for worker in workers:
             worker.process.kill()
+        raise
+    finally:
+        for worker in workers:
             worker.process.join()
 
 
@@ -179,29 +172,42 @@ _DONE = "done"
 
 
 class _Worker:
-    """A process and the shard it is at."""
+    """A spawned process, as its parent sees it, and the shard it is at."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess):
-        self.process = process
-        self.shard: int | None = None
+    def __init__(self, context: SpawnContext, job: Job, rank: int):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_work, args=(job, rank, theirs), name=f"encoder {rank}", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # so that its death ends the connection
+        self._job = job
+        self._shard: int | None = None
 
-    def next_shard(self, connection: Connection, todo: Iterator[int]) -> bool:
+    def next_shard(self, todo: Iterator[int]) -> bool:
         """Hand out the next shard, or tell the worker to end if there is none."""
-        self.shard = next(todo, None)
-        connection.send(self.shard)
-        return self.shard is not None
+        self._shard = next(todo, None)
+        with contextlib.suppress(BrokenPipeError):  # it died; `receive` says how
+            self.connection.send(self._shard)
+        return self._shard is not None
 
-    def lost(self, job: Job) -> EnvironmentFault:
+    def receive(self) -> Any:
+        """What the worker says: tokens encoded, or `_DONE`. Raises the fault that ended it."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._lost() from None
+        if isinstance(message, DsskError):
+            raise message
+        return message
+
+    def _lost(self) -> EnvironmentFault:
         self.process.join()
         code = self.process.exitcode or 0
-        shard = job.plan.shards[self.shard or 0]
-        how = (
-            f"was killed by signal {-code} (likely out of memory)"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
+        how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+        shard = self._job.plan.shards[self._shard or 0]
         return EnvironmentFault(
-            f"{self.process.name} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}: all other "
+            f"{self.process.name} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}: all "
             "finished shards are kept, start the same command again to go on"
         )
 
@@ -316,7 +322,9 @@ class _Encoder:
         """The states of all tokens of the batch, one context after the other: (tokens, hidden_size)."""
         try:
             return self._forward(batch.input_ids)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
+                raise
             if len(batch.input_ids) == 1:
                 raise EnvironmentFault(
                     f"out of memory on context {batch.first_row} alone, {len(batch.input_ids[0])} tokens: lower "

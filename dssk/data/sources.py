@@ -234,7 +234,7 @@ def _read_file(url: str) -> Iterator[RawRow]:
 
 def _open(url: str) -> BinaryIO:
     # A path is opened as it is: `*` and `[1]` in it are ordinary characters.
-    return fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
+    return fsspec.open(url, "rb").open() if url.startswith("hf://") else open(url, "rb")  # noqa: SIM115
 
 
 def _json_line_rows(file: BinaryIO, name: str) -> Iterator[RawRow]:

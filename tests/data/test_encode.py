@@ -42,7 +42,9 @@ def states(path) -> dict[str, torch.Tensor]:
 
 
 def out_of_memory(shape):
-    raise torch.OutOfMemoryError("out of memory")
+    if shape[0] % 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    torch.empty(1 << 60)  # what a CPU says
 
 
 def test_batches_keep_to_both_limits(tmp_path, preprocess, source, forwards):
@@ -166,7 +168,7 @@ def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preproc
     os.kill(_workers(process.pid)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert "was killed by signal 9 (likely out of memory) at contexts" in errors.splitlines()[-1]
+    assert "was killed by signal 9 (out of memory?) at contexts" in errors.splitlines()[-1]
     kept = stamps(path.with_suffix(".arrow") for path in contexts.glob("data-*.json"))
     path = preprocess(tmp_path, source, **flags | {"val_fraction": 0.05, "num_proc": 1})
     assert stamps(kept) == kept
