@@ -196,7 +196,7 @@ class _Numbering:
         self._staged = staged
         self._tally = tally
         self._val_documents = _choose_documents(staged["all"], val_fraction) if "all" in staged else set()
-        self.kept = {split: Kept() for split in store.SPLITS}
+        self.kept = {split: _Kept() for split in store.SPLITS}
 
     def contexts(self) -> Iterator[str]:
         """Every distinct context of the kept rows, once. `kept` is complete when this is exhausted."""
@@ -227,7 +227,7 @@ class _Numbering:
                 yield split, index, row
 
 
-class Kept:
+class _Kept:
     """Rows of a staged file that belong to a split: their indices there and the numbers of their contexts."""
 
     def __init__(self) -> None:
@@ -301,7 +301,7 @@ class _Contexts:
         return _record_batch(rows, _CONTEXT_SCHEMA)
 
 
-def _write_questions(folder: Path, split: str, kept: Kept, staged: dict[str, Path], positions: array) -> None:
+def _write_questions(folder: Path, split: str, kept: _Kept, staged: dict[str, Path], positions: array) -> None:
     features = store.QUESTION_FEATURES
     name = f"{store.shard_name(0, 1)}.arrow"
     files.make_folder(folder)
@@ -310,7 +310,7 @@ def _write_questions(folder: Path, split: str, kept: Kept, staged: dict[str, Pat
     store.write_dataset_files(folder, features, [name], split)
 
 
-def _questions(path: Path, kept: Kept, positions: array) -> Iterator[tuple]:
+def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:
     """Rows of `store.QUESTION_FEATURES`."""
     numbers = iter(zip(kept.indices, kept.numbers, strict=True))
     wanted, number = next(numbers)

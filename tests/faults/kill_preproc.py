@@ -21,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from dssk.data import preproc_nq
+from dssk.models.base import load_base
+from dssk.tokenizer import load_tokenizer
 from tests.conftest import make_base
 from tests.data.conftest import rows, stamps, tree, write_jsonl
 
@@ -42,6 +44,7 @@ class Trials:
         self.folder = folder
         self.base = make_base(folder / "base")
         self.source = write_jsonl(folder / "rows.jsonl", rows(num_contexts))
+        load_base(self.base), load_tokenizer(self.base)  # for what transformers imports late
 
     def path(self, name: str) -> Path:
         return self.folder / name / "processed_data" / self.base.name

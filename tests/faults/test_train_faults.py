@@ -16,7 +16,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "count"), [("kill", 5), ("term", 3), ("flip", 30)])
+@pytest.mark.parametrize(("fault", "count"), [("kill", 3), ("term", 3), ("flip", 30)])
 def test_training_survives(world, fault, count):
     assert train_faults.FAULTS[fault](world, count, random.Random(1))
 

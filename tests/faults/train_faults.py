@@ -67,7 +67,7 @@ class World:
             "--steps",
             str(steps),
         ]
-        argv += ["--log_every", str(log_every), "--save_fused", "never", "--generation_eval_samples", "2"]
+        argv += ["--log_every", str(log_every), "--save_fused", "never", "--generation_eval_samples", "0"]
         output = open(self.folder / "output.txt", "a")  # noqa: SIM115 - lives as long as the process
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -125,7 +125,7 @@ def equal_runs(one: Path, other: Path) -> bool:
 
 def kill(world: World, count: int, rng: random.Random) -> dict:
     """SIGKILL while saving, `count` times in one run; then it ends as one that was never killed."""
-    steps, inside, lost = 4 * count + 10, 0, 0
+    steps, inside, lost = 4 * count + 4, 0, 0
     for number in range(count):
         pid = world.start(world.folder / "killed", steps)
         wait_until(lambda: world.told[STARTED])
