@@ -5,11 +5,12 @@ Importing this package lets transformers' Auto classes load the models it saves;
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dssk import prompts
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.cross_attention import ProjectedContext
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
-__all__ = ["CrossAttnGPTBigCodeConfig", "CrossAttnGPTBigCodeForCausalLM", "ProjectedContext"]
+__all__ = ["CrossAttnGPTBigCodeConfig", "CrossAttnGPTBigCodeForCausalLM", "ProjectedContext", "prompts"]
 
 AutoConfig.register(CrossAttnGPTBigCodeConfig.model_type, CrossAttnGPTBigCodeConfig, exist_ok=True)
 AutoModelForCausalLM.register(CrossAttnGPTBigCodeConfig, CrossAttnGPTBigCodeForCausalLM, exist_ok=True)

@@ -63,7 +63,9 @@ def test_every_experiment_trains_at_its_real_depth_and_toy_widths(group, exp_dic
 
 
 def test_the_groups_of_experiments_are_these():
-    names = "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
+    names = (
+        "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
+    )
     assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()}
 
 
