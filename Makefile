@@ -4,7 +4,7 @@ SEED ?= 0
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: install demo test lint clean bench-data bench-train test-launchers
+.PHONY: install demo lint test test-launchers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -25,9 +25,6 @@ demo: install
 	$(BIN)/python -m dssk.evaluation.evaluate --checkpoint $(DEMO)/seed-$(SEED)/runs \
 		--data_path $(DEMO)/seed-$(SEED)/processed_data/base --output $(DEMO)/scores.json
 
-bench-data: install
-	$(BIN)/python benchmarks/bench_data.py
-
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,13 +33,14 @@ lint: install
 test: lint
 	$(BIN)/pytest -n 2 --durations=15
 
-clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
-
-bench-train: install
-	$(BIN)/python benchmarks/bench_train.py
-
 # Every launcher on two CPU ranks. It installs DeepSpeed, which compiles for about a minute on its first run.
 test-launchers: install
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,deepspeed]" ninja
 	$(BIN)/python -m tests.faults.launchers
+
+# At most ten minutes each; results go to benchmarks/results/.
+bench-model bench-data bench-train: bench-%: install
+	$(BIN)/python benchmarks/bench_$*.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

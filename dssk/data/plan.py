@@ -301,7 +301,9 @@ class _Contexts:
         return _record_batch(rows, _CONTEXT_SCHEMA)
 
 
-def _write_questions(folder: Path, split: str, kept: _Kept, staged: dict[str, Path], positions: array) -> None:
+def _write_questions(
+    folder: Path, split: str, kept: _Kept, staged: dict[str, Path], positions: array
+) -> None:
     features = store.QUESTION_FEATURES
     name = f"{store.shard_name(0, 1)}.arrow"
     files.make_folder(folder)
