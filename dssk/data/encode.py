@@ -227,6 +227,8 @@ def _work(job: Job, rank: int, connection: Connection) -> None:
                 connection.send(_DONE)
     except DsskError as error:
         connection.send(error)
+    except (EOFError, ConnectionError):
+        pass  # the parent is gone, nobody is left to tell
 
 
 # --- one shard -------------------------------------------------------------------------------------------------

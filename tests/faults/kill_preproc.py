@@ -37,6 +37,11 @@ def is_running(process: Path) -> bool:
         return False
 
 
+def num_files(folder: Path) -> int:
+    """Files below a folder, whole or not; it may change meanwhile."""
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
 class Trials:
     """Runs of one command, in processes forked from this one so that nothing is imported again."""
 
@@ -59,17 +64,17 @@ class Trials:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os._exit(preproc_nq.run(lambda: preproc_nq.main(command)))
 
-    def finish(self, name: str, num_proc: int) -> float:
-        """Run the command to its end; returns the seconds it took."""
-        started = time.monotonic()
+    def finish(self, name: str, num_proc: int) -> None:
+        """Run the command to its end."""
         _, status = os.waitpid(self.start(name, num_proc), 0)
         assert os.waitstatus_to_exitcode(status) == 0, f"{name}: the command failed after a kill"
-        return time.monotonic() - started
 
-    def kill_once(self, name: str, num_proc: int, after_seconds: float) -> bool:
-        """Kill the command after some time, with all its workers; False if it had ended by then."""
+    def kill_once(self, name: str, num_proc: int, after_files: int, seconds: float) -> bool:
+        """Kill the command some time after it has written so many files; False if it had ended by then."""
         pid = self.start(name, num_proc)
-        time.sleep(after_seconds)
+        while num_files(self.path(name)) < after_files:
+            time.sleep(0.001)
+        time.sleep(seconds)
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
             return False
         workers = [
@@ -114,12 +119,10 @@ def run(
         trials = Trials(Path(folder), num_contexts)
         trials.finish("whole", 1)
         expected = tree(trials.path("whole"))
-        seconds = {num_proc: trials.finish(f"timed-{num_proc}", num_proc) for num_proc in num_procs}
         while phases.total() < kills:
             num_proc = num_procs[phases.total() % len(num_procs)]
             name = str(phases.total())
-            # on a busy machine the next run may take longer; one that has ended is not counted
-            if trials.kill_once(name, num_proc, rng.uniform(0, 1.5 * seconds[num_proc])):
+            if trials.kill_once(name, num_proc, rng.randrange(len(expected)), rng.uniform(0, 0.05)):
                 phase = trials.state(name)
                 check(trials, name, num_proc, expected)
                 phases[phase] += 1
