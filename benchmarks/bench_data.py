@@ -22,6 +22,7 @@ import torch
 from common import SIZES, Results, interleaved, random_base
 from torch.utils.data import DataLoader
 
+from dssk.console import quiet_libraries
 from dssk.data import encode as encoding
 from dssk.data import preproc_nq, store
 from dssk.data.collate import Collator, length_mask, pad_tokens
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(BENCHMARKS), help="run one benchmark and write no results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    preproc_nq.quiet_libraries()
+    quiet_libraries()
     datasets.disable_progress_bars()
     results = Results("data")
     with tempfile.TemporaryDirectory() as folder:

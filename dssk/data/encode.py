@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 from transformers import GPTBigCodeForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from dssk import files
+from dssk.console import quiet_libraries
 from dssk.data import plan as planning
 from dssk.data import store
 from dssk.data.collate import length_mask, pad_tokens
@@ -215,7 +215,7 @@ class _Worker:
 def _work(job: Job, rank: int, connection: Connection) -> None:
     """A worker's life: take shard numbers until there are no more. It never outlives its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_token
 from transformers import GPTBigCodeConfig
-from transformers.utils import logging as transformers_logging
 
 from dssk import files, prompts
+from dssk.console import quiet_libraries
 from dssk.data import plan as planning
 from dssk.data import ranks, sources, store
 from dssk.data.encode import Job, encode_shards
@@ -105,11 +105,6 @@ def main(argv: list[str] | None = None) -> int | None:
         if team.rank == 0:
             _report(job.folder, _finish(job))
     return None
-
-
-def quiet_libraries() -> None:
-    """No progress bars of loading weights between our own."""
-    transformers_logging.disable_progress_bar()
 
 
 def _fraction(text: str) -> float:

@@ -38,6 +38,22 @@ def test_every_bit_flip_anywhere_is_found(damaged):
     verify.check(damaged)
 
 
+def test_processes_that_share_the_work_find_all_damage(damaged):
+    for path in [path for path in damaged.rglob("*") if path.is_file() and path.name != "manifest.json"]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert [_finds_damage(damaged, rank, 3) for rank in range(3)].count(True) == 1
+        path.write_bytes(content)
+
+
+def _finds_damage(folder, rank: int, size: int) -> bool:
+    try:
+        verify.check(folder, rank, size)
+    except DamagedData:
+        return True
+    return False
+
+
 def test_every_cut_of_a_shard_is_found_on_opening(damaged):
     path = damaged / "contexts" / "data-00003-of-00005.arrow"
     content = path.read_bytes()
