@@ -4,7 +4,7 @@ SEED ?= 0
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: install demo lint test test-launchers bench-model bench-data bench-train clean
+.PHONY: install demo lint test test-slurm test-launchers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -32,6 +32,10 @@ lint: install
 
 test: lint
 	$(BIN)/pytest -n 2 --durations=15
+
+# A real Slurm of two nodes on this machine; tests/cluster/install_slurm.sh installs it.
+test-slurm: install
+	$(BIN)/pytest -m slurm --durations=0
 
 # Every launcher on two CPU ranks. It installs DeepSpeed, which compiles for about a minute on its first run.
 test-launchers: install

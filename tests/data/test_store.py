@@ -49,7 +49,7 @@ def test_selecting_shuffling_and_slicing_keep_rows_whole(finished):
             assert torch.equal(row["encoder_hidden_states"], whole[row["id"]])
 
     check(rows.select(range(5, 20, 3)))
-    check(rows.shuffle(seed=1))
+    check(rows.shuffle(seed=1, keep_in_memory=True))
     check(rows.filter(lambda row: row["id"].endswith("1")))
     check(rows.select_columns(["encoder_hidden_states", "id"]))
     batch = rows[3:7]
