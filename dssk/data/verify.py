@@ -8,7 +8,6 @@ damaged files and the manifest, so that the preprocessing command makes them aga
 
 import os
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def discard(folder: Path) -> None:
             infos = _infos_of_shards(folder)
         damaged = damaged_files(folder, infos)
         # the manifest goes first: a folder without one is unfinished, whatever else it lacks
-        for path in (folder / store.MANIFEST, *_with_companions(folder, damaged)):
+        for path in (folder / store.MANIFEST, *(folder / name for name in damaged)):
             files.remove(path)
     print(f"Discarded {len(damaged)} damaged files: start the preprocessing command again to make them anew.")
 
@@ -103,17 +102,6 @@ def _infos_of_shards(folder: Path) -> dict[str, store.FileInfo]:
             num_bytes=shard.num_bytes if shard else 0, xxh3_128=shard.xxh3_128 if shard else ""
         )
     return infos
-
-
-def _with_companions(folder: Path, names: Iterable[str]) -> Iterable[Path]:
-    """The files, and of a shard both its files: either alone is of no use."""
-    for name in names:
-        path = folder / name
-        if path.parent.name == store.CONTEXTS and path.name.startswith("data-"):
-            yield path.with_suffix(".json")
-            yield path.with_suffix(".arrow")
-        else:
-            yield path
 
 
 if __name__ == "__main__":
