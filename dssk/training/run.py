@@ -20,6 +20,7 @@ from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.console import quiet_libraries
+from dssk.data import verify
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
 from dssk.data.store import Manifest, check_model, load_manifest, load_rows
@@ -58,6 +59,7 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
         return
     start = find_start(savedir, run, cfg, {"experiment": exp_dict, "data": data.checksum})
     arguments = training_arguments(cfg, run, savedir, start.skip_steps)  # joins the launcher's process group
+    verify.check(run.data_path, arguments.process_index, arguments.world_size)
     with open_savedir(savedir, exp_dict, start.fresh), reported(savedir, arguments.process_index):
         with StopRequest() as stop:
             trainer = build_trainer(cfg, run, arguments, start.facts, stop)

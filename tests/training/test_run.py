@@ -164,6 +164,19 @@ def test_encodings_of_another_model_of_the_same_size_are_refused(run, tmp_path, 
         run("--steps", "1", model_path=str(other))
 
 
+def test_a_flipped_bit_of_an_encoding_is_found_before_anything_is_loaded(
+    run, store_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dssk.training.run.build_model", None)
+    damaged = shutil.copytree(store_path, tmp_path / "damaged")
+    file = next((damaged / "contexts").glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedData, match=f"{file.name} was altered"):
+        run("--steps", "1", data_path=damaged)
+
+
 def test_an_unknown_group_is_refused_naming_the_nearest(tmp_path, store_path):
     args = parse_args(["-e", "crossattn_tin", "-sb", str(tmp_path), "--data_path", str(store_path)])
     with pytest.raises(DsskError, match="did you mean crossattn_tiny?"):
