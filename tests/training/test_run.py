@@ -1,6 +1,7 @@
 """Training through the functions and commands that users call, on a model of a few thousand parameters."""
 
 import json
+import shutil
 
 import pytest
 import torch
