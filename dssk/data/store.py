@@ -11,7 +11,7 @@ one JSON manifest each. A store of texts only has no `contexts/`.
 import bisect
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ CONTEXTS = "contexts"
 SPLITS = ("train", "val")
 FORMAT_VERSION = 1
 HISTOGRAM_BIN_TOKENS = 16
+_DATASET_FILES = ("dataset_info.json", "state.json")
 
 StorageDtype = Literal["fp32", "bf16", "fp16", "int8"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -189,45 +190,50 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     return FileInfo(num_bytes=file.num_bytes, xxh3_128=file.hexdigest())
 
 
-def write_dataset_files(folder: Path, features: Features, names: list[str], split: str) -> None:
-    """The two JSON files that make a folder of Arrow files a dataset for `load_from_disk`."""
+def write_dataset_files(folder: Path, features: Features, hashes: dict[str, str]) -> None:
+    """The two JSON files that make a folder of Arrow files (name -> xxh3_128) a dataset for `load_from_disk`."""
     info = {"citation": "", "description": "", "features": features.to_dict(), "homepage": "", "license": ""}
     state: dict[str, object] = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": xxhash.xxh3_64_hexdigest(json.dumps([split, names]).encode()),
+        "_data_files": [{"filename": name} for name in hashes],
+        "_fingerprint": xxhash.xxh3_64_hexdigest(
+            json.dumps(hashes).encode()
+        ),  # names cached results of `map`
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
-        "_split": split,
+        "_split": folder.name,
     }
-    files.publish_json(folder / "dataset_info.json", info)
-    files.publish_json(folder / "state.json", state)
+    for name, value in zip(_DATASET_FILES, (info, state), strict=True):
+        files.publish_json(folder / name, value)
 
 
 def finish(folder: Path, settings: Settings, counts: Counts, shard_names: list[str]) -> Manifest:
     """Write the manifest of a store whose rows and shards (Arrow files of these names) are in place."""
     contexts = folder / CONTEXTS
-    shards = [_finished_shard(contexts / name) for name in shard_names]
+    shards = {contexts / name: _finished_shard(contexts / name) for name in shard_names}
     if settings.storage_dtype is not None:
-        write_dataset_files(contexts, context_features(settings.storage_dtype), shard_names, CONTEXTS)
+        hashes = {path.name: shard.xxh3_128 for path, shard in shards.items()}
+        write_dataset_files(contexts, context_features(settings.storage_dtype), hashes)
     files.publish_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
-    known = {
-        contexts / name: FileInfo(num_bytes=shard.num_bytes, xxh3_128=shard.xxh3_128)
-        for name, shard in zip(shard_names, shards, strict=True)
-    }
-    infos = {
-        path.relative_to(folder).as_posix(): known.get(path) or _file_info(path)
-        for part in (folder / "dataset_dict.json", *(folder / name for name in (*SPLITS, CONTEXTS)))
-        for path in ([part] if part.is_file() else sorted(part.glob("*")))
-    }
-    manifest = Manifest(**settings.model_dump(), counts=counts, shards=shards, files=infos)
+    infos = {}
+    for path in _parts(folder):
+        shard = shards.get(path)  # its hash is known
+        infos[path.relative_to(folder).as_posix()] = FileInfo(
+            num_bytes=path.stat().st_size, xxh3_128=shard.xxh3_128 if shard else files.xxh3_128(path)
+        )
+    manifest = Manifest(**settings.model_dump(), counts=counts, shards=list(shards.values()), files=infos)
     files.publish_text(folder / MANIFEST, manifest.to_json())
     return load_manifest(folder)
 
 
-def _file_info(path: Path) -> FileInfo:
-    return FileInfo(num_bytes=path.stat().st_size, xxh3_128=files.xxh3_128(path))
+def _parts(folder: Path) -> Iterator[Path]:
+    """The files that a store consists of, its manifest left out; what others put beside them does not count."""
+    yield folder / "dataset_dict.json"
+    for part in (*SPLITS, CONTEXTS):
+        if (folder / part).is_dir():
+            yield from (folder / part / name for name in _DATASET_FILES)
+            yield from sorted((folder / part).glob("data-*"))
 
 
 def _finished_shard(path: Path) -> ShardInfo:
@@ -315,7 +321,7 @@ def load_rows(path: str | Path) -> DatasetDict:
     `encoder_hidden_states` of a row is a tensor (n_tokens, hidden_size) in the stored type: a view of the
     memory-mapped file, so it costs nothing until it is used (int8 is decoded to bfloat16). Writing to it does not
     reach the file. A store of texts only has no such column. Sizes of all files are checked; contents are not, that
-    is `verify`. `datasets` keeps the order of a `shuffle` beside the files it has read: pass `keep_in_memory=True` to
+    is `verify`. `datasets` keeps what `shuffle` and `filter` make beside the files it has read: pass `keep_in_memory=True` to
     leave the store as it is. In the table itself the column holds the row number of the context in `contexts/`.
     """
     manifest = load_manifest(path)

@@ -50,7 +50,7 @@ def test_selecting_shuffling_and_slicing_keep_rows_whole(finished):
 
     check(rows.select(range(5, 20, 3)))
     check(rows.shuffle(seed=1, keep_in_memory=True))
-    check(rows.filter(lambda row: row["id"].endswith("1")))
+    check(rows.filter(lambda row: row["id"].endswith("1"), keep_in_memory=True))
     check(rows.select_columns(["encoder_hidden_states", "id"]))
     batch = rows[3:7]
     check([{name: batch[name][i] for name in batch} for i in range(4)])
@@ -92,6 +92,12 @@ def test_every_part_is_a_plain_dataset(finished):
     context = contexts[row["context_index"]]
     assert context["context"] == row["context"]
     assert len(context["encoder_hidden_states"]) == context["n_tokens"] * 32 * 2
+
+
+def test_results_of_map_on_one_store_are_not_taken_for_those_of_another(tmp_path, preprocess, source):
+    paths = [preprocess(tmp_path / str(n), source, max_examples=n) for n in (60, 70)]
+    fingerprints = {datasets.load_from_disk(str(path / "train"))._fingerprint for path in paths}
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize(("storage_dtype", "dtype", "tolerance"), [
