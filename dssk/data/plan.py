@@ -149,7 +149,8 @@ def make_plan(
             raise DsskError(
                 f"0 usable rows in {split}, of {tally.read} rows read ({describe(tally.dropped)})"
             )
-        _write_questions(folder / split, split, numbering.kept[split], staged, contexts.positions)
+        source = staged.get(split) or staged["all"]
+        _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
     plan = Plan(
         settings=settings,
         counts=store.Counts(
@@ -301,15 +302,13 @@ class _Contexts:
         return _record_batch(rows, _CONTEXT_SCHEMA)
 
 
-def _write_questions(
-    folder: Path, split: str, kept: _Kept, staged: dict[str, Path], positions: array
-) -> None:
+def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> None:
     features = store.QUESTION_FEATURES
     name = f"{store.shard_name(0, 1)}.arrow"
     files.make_folder(folder)
-    batches = _batches(_questions(staged.get(split) or staged["all"], kept, positions), features.arrow_schema)
-    store.write_table(folder / name, features.arrow_schema, batches)
-    store.write_dataset_files(folder, features, [name], split)
+    batches = _batches(_questions(staged, kept, positions), features.arrow_schema)
+    info = store.write_table(folder / name, features.arrow_schema, batches)
+    store.write_dataset_files(folder, features, {name: info.xxh3_128})
 
 
 def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:

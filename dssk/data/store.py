@@ -321,8 +321,10 @@ def load_rows(path: str | Path) -> DatasetDict:
     `encoder_hidden_states` of a row is a tensor (n_tokens, hidden_size) in the stored type: a view of the
     memory-mapped file, so it costs nothing until it is used (int8 is decoded to bfloat16). Writing to it does not
     reach the file. A store of texts only has no such column. Sizes of all files are checked; contents are not, that
-    is `verify`. `datasets` keeps what `shuffle` and `filter` make beside the files it has read: pass `keep_in_memory=True` to
-    leave the store as it is. In the table itself the column holds the row number of the context in `contexts/`.
+    is `verify`. In the table itself the column holds the row number of the context in `contexts/`.
+
+    `datasets` keeps what `shuffle` and `filter` make beside the files it has read: pass `keep_in_memory=True` to
+    leave the store as it is.
     """
     manifest = load_manifest(path)
     check_sizes(path, manifest)
