@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from exp_configs import BASE_CONFIG
 
+pytest_plugins = ["tests.browser"]
+
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
