@@ -1,0 +1,228 @@
+"""What the blocks attended to: weights from the tokens of an answer to the tokens of its context.
+
+The answer, as a rule the model's own, is read teacher-forced: the weights at the position that predicts an answer's
+token are those that token was chosen by. Shapes: N blocks, H heads, A answer tokens, S context tokens.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.evaluation.metrics import exact_match
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+CHOOSING = 4  # every so many questions choose the best head, the others measure it
+MAX_QUESTIONS = 500  # enough for an interval of 3 points
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of every head of every block while one answer was given."""
+
+    weights: torch.Tensor  # (N, H, A, S) float32 on the CPU; each row over S sums to one
+    layers: list[int]  # decoder layer of each block, lowest first
+    answer_tokens: list[str]  # A texts
+
+    def of_answer(self) -> torch.Tensor:
+        """(N, H, S): the mean over the answer's tokens."""
+        return self.weights.mean(2)
+
+    def most_attended(self) -> torch.Tensor:
+        """(N, H): for each head the context token it attended to most over the whole answer."""
+        return self.of_answer().argmax(-1)
+
+
+@torch.no_grad()
+def attend(
+    model: CrossAttnGPTBigCodeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    answer: str,
+    states: torch.Tensor,
+) -> Attention:
+    """What the heads attended to in `states` (S, d), one encoded context, for each token of `answer`.
+
+    The model is left as it was, its attention implementation included. `token_texts` cuts the context's text into
+    the pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
+    """
+    prompt = tokenizer(prompts.question(question), add_special_tokens=False)["input_ids"]
+    text = prompts.answer(answer)
+    target = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not target:
+        raise ValueError("an answer without tokens attends to nothing")
+    with _eager(model):
+        outputs = model(
+            torch.tensor([prompt + target[:-1]], device=model.device),
+            encoder_hidden_states=states[None].to(model.device),
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+    # The first token is predicted at the prompt's last position.
+    weights = torch.stack([block[0, :, len(prompt) - 1 :] for block in outputs.cross_attentions])
+    layers = sorted(model.config.cross_attn_layers)
+    return Attention(weights.float().cpu(), layers, token_texts(tokenizer, text))
+
+
+@contextmanager
+def _eager(model: CrossAttnGPTBigCodeForCausalLM) -> Iterator[None]:
+    """Eager attention is the only one that returns its weights."""
+    before, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation("eager")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """`text` cut into a piece for each of its tokens; joined they are `text`.
+
+    A character of several tokens stands with the last of them, the others are empty. Give a context's text as it
+    was encoded: `prompts.context(...)`.
+    """
+    return [text[start:end] for start, end in _borders(tokenizer, text)]
+
+
+def _borders(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where the piece of each token starts and ends, without gaps."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts = np.maximum.accumulate([0, *(start for start, _ in offsets[1:]), len(text)]).tolist()
+    return list(zip(starts, starts[1:], strict=False))[: len(offsets)]
+
+
+def answer_mask(tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[str]) -> torch.Tensor:
+    """(S,) boolean: which tokens of a context's `text` belong to an occurrence of one of `answers`, in any case.
+
+    A token that is only the space before it counts as well: the decoder's answers begin with one.
+    """
+    spans = [span for answer in answers for span in find_words(text, answer)]
+    inside = [
+        any((start < e and end > s) or (end == s and text[start:end].isspace()) for s, e in spans)
+        for start, end in _borders(tokenizer, text)
+    ]
+    return torch.tensor(inside, dtype=torch.bool)
+
+
+def find_words(text: str, words: str) -> list[tuple[int, int]]:
+    """Start and end of every place where `words` stands in `text`, in any case, not inside a longer word."""
+    if not words.strip():
+        return []
+    return [
+        match.span()
+        for match in re.finditer(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text, re.IGNORECASE)
+    ]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How often the best head looked at the answer: one head for all questions, chosen on other questions."""
+
+    layer: int  # decoder layer of its block
+    block: int  # counted from the lowest, as `Attention.weights` is
+    head: int
+    chosen_on: int  # questions that chose the head
+    n: int  # questions that it was measured on
+    share: float  # of n: the token most attended over the whole answer lies inside the answer
+    low: float  # 95 % bootstrap interval of `share`
+    high: float
+    share_first_token: float  # of n: the same for the position that predicts the answer's first token
+    share_mass: float  # mean over n of the weight that lies inside the answer
+    chance: float  # mean over n of the answer's share of the context's tokens
+
+
+def evidence(
+    model: CrossAttnGPTBigCodeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    predictions: Sequence[dict[str, Any]],
+) -> Evidence | None:
+    """Measure heads on the correctly answered span questions among `predictions` (the rows of predictions.jsonl).
+
+    A question counts if its answer stands in the context, and at most `MAX_QUESTIONS` do, spread evenly. None if
+    fewer than `CHOOSING` are left.
+    """
+    usable = [row for row in predictions if _is_usable(row)]
+    picked = np.unique(np.linspace(0, len(usable) - 1, min(len(usable), MAX_QUESTIONS)).round().astype(int))
+    rows = [usable[i] for i in picked]
+    hits, first_hits, masses, chances = [], [], [], []
+    for row in tqdm(rows, desc="attention", unit="question", disable=None):
+        states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
+        mask = answer_mask(tokenizer, prompts.context(row["context"]), row["answers"])[: len(states)]
+        if not mask.any():  # its context was cut before the answer
+            continue
+        attention = attend(model, tokenizer, row["question"], row["with_context"]["prediction"], states)
+        hits.append(mask[attention.most_attended()])
+        first_hits.append(mask[attention.weights[:, :, 0].argmax(-1)])
+        masses.append(attention.of_answer()[..., mask].sum(-1))
+        chances.append(mask.float().mean().item())
+    if len(hits) < CHOOSING:
+        return None
+    return _measure(
+        sorted(model.config.cross_attn_layers),
+        torch.stack(hits).numpy(),
+        torch.stack(first_hits).numpy(),
+        torch.stack(masses).numpy(),
+        np.array(chances),
+    )
+
+
+def _is_usable(row: dict[str, Any]) -> bool:
+    answer = row["with_context"]["prediction"]
+    return (
+        row.get("answer_class", "span") == "span"
+        and bool(answer.strip())
+        and exact_match(answer, row["answers"]) == 1
+        and any(find_words(row["context"], gold) for gold in row["answers"])
+    )
+
+
+def _measure(
+    layers: list[int], hits: np.ndarray, first_hits: np.ndarray, masses: np.ndarray, chances: np.ndarray
+) -> Evidence:
+    """From (questions, N, H) each to the best head and its shares."""
+    choosing = np.arange(len(hits)) % CHOOSING == 0
+    block, head = best_head(hits[choosing])
+    measured = hits[~choosing, block, head]
+    draws = np.random.default_rng(0).choice(measured, (1000, len(measured))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Evidence(
+        layer=layers[block],
+        block=block,
+        head=head,
+        chosen_on=int(choosing.sum()),
+        n=len(measured),
+        share=round(float(measured.mean()), 4),
+        low=round(float(low), 4),
+        high=round(float(high), 4),
+        share_first_token=round(float(first_hits[~choosing, block, head].mean()), 4),
+        share_mass=round(float(masses[~choosing, block, head].mean()), 4),
+        chance=round(float(chances[~choosing].mean()), 4),
+    )
+
+
+def best_head(hits: np.ndarray) -> tuple[int, int]:
+    """(block, head) with the most hits in (questions, N, H)."""
+    block, head = np.unravel_index(hits.mean(0).argmax(), hits.shape[1:])
+    return int(block), int(head)
+
+
+def encode_context(
+    model: CrossAttnGPTBigCodeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """Encode a context's text with the model itself: (S, d), cut to `max_tokens` and to the model's positions."""
+    ids = tokenizer(prompts.context(text), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    longest = min(max_tokens or ids.shape[1], model.config.max_position_embeddings)
+    states, _ = model.encode(ids[:, :longest].to(model.device))
+    return states[0]
