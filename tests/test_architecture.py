@@ -17,7 +17,7 @@ LEVELS = [
     ["evaluation"],
     ["cli"],
     ["training"],
-    ["jobs"],
+    ["jobs", "report"],
 ]
 
 

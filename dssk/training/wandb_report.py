@@ -11,6 +11,7 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,48 +58,14 @@ class WandbReport(TrainerCallback):
         if importlib.util.find_spec("wandb") is None:
             warn("wandb is not installed: metrics go to metrics.jsonl only (pip install wandb)")
             return
-        self.run = self._init()
+        where = {
+            "entity": self.flags.wandb_entity_name,
+            "project": self.flags.wandb_project_name,
+            "name": self.flags.wandb_run_name,
+        }
+        self.run = start_run(self.savedir, where, self.exp_dict)
         if self.flags.wandb_log_gradients:
             self.run.watch(model.transformer.cross_attn, log="gradients", log_freq=args.logging_steps)
-
-    def _init(self) -> Any:
-        import wandb
-
-        mode = wandb_mode()
-        run_id, earlier = self._run_id()
-        if mode == "offline" and earlier:
-            warn(
-                "an offline wandb run cannot be continued: a new piece of it is kept, `wandb sync` joins them"
-            )
-        settings = wandb.Settings(
-            init_timeout=2 * ANSWER_SECONDS,
-            finish_timeout=30,
-            silent=True,
-            console="off",
-            save_code=False,
-            x_disable_meta=True,  # it holds the command line and the environment
-            x_disable_stats=True,
-        )
-        return wandb.init(
-            entity=self.flags.wandb_entity_name,
-            project=self.flags.wandb_project_name,
-            name=self.flags.wandb_run_name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            dir=self.savedir,
-            config=self.exp_dict,
-            mode=mode,
-            settings=settings,
-        )
-
-    def _run_id(self) -> tuple[str, bool]:
-        """The id that all starts of this run share, and whether there was an earlier start."""
-        file = self.savedir / RUN_FILE
-        if file.exists():
-            return json.loads(file.read_text())["id"], True
-        run_id = secrets.token_hex(4)
-        publish_json(file, {"id": run_id})
-        return run_id, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.run is not None and logs:
@@ -120,6 +87,56 @@ class WandbReport(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.run is not None:
             self.run.finish()
+
+
+def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any] | None = None) -> Any:
+    """Start or continue the wandb run of a run's folder; `where` has its entity, project and name."""
+    import wandb
+
+    file = savedir / RUN_FILE
+    earlier = file.exists()
+    run_id = json.loads(file.read_text())["id"] if earlier else secrets.token_hex(4)
+    publish_json(file, {"id": run_id, **where})  # all starts share the id, and the report needs to find it
+    mode = wandb_mode()
+    if mode == "offline" and earlier:
+        warn("an offline wandb run cannot be continued: a new piece of it is kept, `wandb sync` joins them")
+    settings = wandb.Settings(
+        init_timeout=2 * ANSWER_SECONDS,
+        finish_timeout=30,
+        silent=True,
+        console="off",
+        save_code=False,
+        x_disable_meta=True,  # it holds the command line and the environment
+        x_disable_stats=True,
+    )
+    return wandb.init(
+        entity=where["entity"],
+        project=where["project"],
+        name=where["name"],
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        dir=savedir,
+        config=config,
+        mode=mode,
+        settings=settings,
+    )
+
+
+def log_report(savedir: Path, page: Path, images: Sequence[Path]) -> None:
+    """Add a report and its figures to the wandb run of a run's folder; does nothing if training logged to none."""
+    file = savedir / RUN_FILE
+    if not file.exists():
+        return
+    if importlib.util.find_spec("wandb") is None:
+        warn("wandb is not installed: the report is not logged there (pip install wandb)")
+        return
+    import wandb
+
+    where = {key: json.loads(file.read_text()).get(key) for key in ("entity", "project", "name")}
+    run = start_run(savedir, where)
+    pictures = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
+    run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False), **pictures})
+    run.finish()
 
 
 def wandb_mode() -> Any:

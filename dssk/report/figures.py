@@ -1,0 +1,186 @@
+"""The figures of a report: pure functions from numbers to matplotlib figures, and these as SVG and PNG."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dssk.files import publish
+
+WIDTH, HEIGHT = 5.2, 3.1  # inches; a page shows two side by side, a phone one
+INK = "#2a2f37"
+BLUE, ORANGE, GREEN, GREY = "#3d7cc9", "#d9772b", "#2f9d6c", "#8b93a0"  # to be read on white and on black
+STYLE: Any = {
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be found
+    "svg.hashsalt": "dssk",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+}
+
+Metrics = Sequence[dict[str, Any]]  # the lines of metrics.jsonl
+
+
+def loss_curve(metrics: Metrics) -> Figure | None:
+    """Training and validation loss by optimizer step; None before anything was logged."""
+    lines = {"loss": ("training", BLUE), "eval_loss": ("validation", ORANGE)}
+    return _curves(metrics, lines, "loss (nats a token)")
+
+
+def score_curve(metrics: Metrics) -> Figure | None:
+    """Scores of generated answers during training, with the right and with a wrong context."""
+    lines = {
+        "eval_f1": ("F1", BLUE),
+        "eval_em": ("EM", GREEN),
+        "eval_wrong_context_f1": ("F1, wrong context", GREY),
+    }
+    figure = _curves(metrics, lines, "share of answers")
+    if figure is not None:
+        figure.axes[0].set_ylim(-0.02, 1.02)
+    return figure
+
+
+def _curves(metrics: Metrics, lines: dict[str, tuple[str, str]], label: str) -> Figure | None:
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        for key, (name, colour) in lines.items():
+            points = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), int | float)]
+            if points:
+                marker = "o" if len(points) < 40 else None
+                axes.plot(*zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3.5)
+        if not axes.lines:
+            return None
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.legend()
+    return figure
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Horizontal bars of EM, with its interval, and a mark for F1; rows of `name`, `em`, `f1`, `em_low`, `em_high`."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(height=0.9 + 0.36 * len(rows))
+        for place, row in enumerate(rows):
+            axes.barh(place, row["em"], height=0.62, color=BLUE if place == 0 else GREY, alpha=0.85)
+            axes.plot(row["f1"], place + 0.2, marker="D", markersize=4, color=ORANGE, linestyle="none")
+            if row.get("em_low") is not None:
+                axes.plot(
+                    [row["em_low"], row["em_high"]],
+                    [place, place],
+                    color=INK,
+                    solid_capstyle="butt",
+                    linewidth=2,
+                )
+        axes.plot([], [], color=INK, linewidth=2, label="EM, 95 % interval")
+        axes.plot([], [], marker="D", markersize=4, color=ORANGE, linestyle="none", label="F1")
+        axes.set_yticks(range(len(rows)), [_plain(row["name"]) for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def by_length(controls: dict[str, Sequence[dict[str, Any]]]) -> Figure:
+    """EM by the length of the context, a line for each control: bins of `low`, `high` tokens, `n`, `em`, interval."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        bins = next(iter(controls.values()))
+        for (name, rows), colour in zip(controls.items(), (BLUE, GREY, ORANGE, GREEN), strict=False):
+            known = [(place, row) for place, row in enumerate(rows) if row.get("em") is not None]
+            places = [place for place, _ in known]
+            ems = [row["em"] for _, row in known]
+            # The first control is drawn on top: shuffled tokens, for one, hardly differ from it.
+            order = 3 if axes.lines else 4
+            axes.plot(places, ems, color=colour, marker="o", label=_plain(name), zorder=order)
+            if all(row.get("em_low") is not None for _, row in known):
+                lows, highs = [row["em_low"] for _, row in known], [row["em_high"] for _, row in known]
+                axes.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        axes.set_xticks(range(len(bins)), [f"{b['low']}–{b['high']}\nn = {b['n']}" for b in bins])
+        axes.set_xlabel("tokens of the context")
+        axes.set_ylabel("EM")
+        axes.set_ylim(-0.02, 1.02)
+        axes.legend()
+    return figure
+
+
+def by_class(controls: dict[str, dict[str, dict[str, Any]]]) -> Figure:
+    """EM by class of answer, a group of bars for each class, a bar for each control."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        classes = list(next(iter(controls.values())))
+        width = 0.8 / len(controls)
+        for i, ((name, rows), colour) in enumerate(
+            zip(controls.items(), (BLUE, GREY, ORANGE, GREEN), strict=False)
+        ):
+            places = [place + (i - (len(controls) - 1) / 2) * width for place in range(len(classes))]
+            heights = [rows.get(cls, {}).get("em") or 0.0 for cls in classes]
+            axes.bar(places, heights, width * 0.9, color=colour, alpha=0.85, label=_plain(name))
+        counts = next(iter(controls.values()))
+        axes.set_xticks(range(len(classes)), [f"{_plain(c)}\nn = {counts[c]['n']}" for c in classes])
+        axes.set_ylabel("EM")
+        axes.set_ylim(0, 1)
+        axes.grid(axis="x", visible=False)
+        axes.legend()
+    return figure
+
+
+def heat_map(weights, answer_tokens: Sequence[str], context_tokens: Sequence[str]) -> Figure:
+    """Weights (A, S) from answer tokens (rows) to context tokens (columns)."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False, "font.size": 8}):
+        size = (max(4.0, 0.19 * len(context_tokens) + 1.2), 0.24 * len(answer_tokens) + 1.3)
+        figure, axes = _figure(*size)
+        axes.imshow(weights, cmap="Oranges", vmin=0, aspect="auto")
+        axes.set_xticks(range(len(context_tokens)), [_plain(t.strip()) for t in context_tokens], rotation=90)
+        axes.set_yticks(range(len(answer_tokens)), [_plain(t.strip()) for t in answer_tokens])
+    return figure
+
+
+def _figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plain(text: str) -> str:
+    """Names as they are: for matplotlib a `$` begins a formula."""
+    return text.replace("_", " ").replace("$", r"\$")
+
+
+def svg(figure: Figure) -> Markup:
+    """The figure as an element of a page: ink in the page's colour of text, sized by the page."""
+    with matplotlib.rc_context(STYLE):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg)', r"\1\2", text, count=1))
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """The figure on white, 200 dots an inch."""
+    with matplotlib.rc_context(STYLE), publish(path) as file:
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=200, facecolor="white")
+        file.write(data.getvalue())

@@ -1,0 +1,100 @@
+"""Sample answers for the page's browser, each with what the blocks attended to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.evaluation.attention import answer_mask, attend, encode_context, token_texts
+from dssk.evaluation.metrics import exact_match
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+SCALE = 1000  # weights are shown in thousandths,
+KEPT = 32  # at most so many for a token of an answer,
+LEAST = 5  # and none below so many thousandths
+
+Row = dict[str, Any]  # a line of predictions.jsonl
+
+
+def is_right(row: Row) -> bool:
+    """Whether the answer from the right context is an exact match."""
+    return exact_match(row["with_context"]["prediction"], row["answers"]) == 1
+
+
+def choose(predictions: Sequence[Row], count: int) -> list[Row]:
+    """`count` rows in their order, spread evenly: half of them wrong ones, as far as there are as many."""
+    wrong = [i for i, row in enumerate(predictions) if not is_right(row)]
+    right = [i for i, row in enumerate(predictions) if is_right(row)]
+    num_wrong = min(len(wrong), max(count // 2, count - len(right)))
+    picked = _spread(wrong, num_wrong) + _spread(right, count - num_wrong)
+    return [predictions[i] for i in sorted(picked)]
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    if count >= len(items):
+        return items
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
+
+
+def describe(row: Row) -> Row:
+    """What the page shows of a row without a model: texts, and right or wrong."""
+    others = {
+        name: cell["prediction"]
+        for name, cell in row.items()
+        if isinstance(cell, dict) and "prediction" in cell
+    }
+    return {
+        "id": str(row["id"]),
+        "question": row["question"],
+        "context": row["context"],
+        "gold": row["answers"],
+        "answer": others.pop("with_context"),
+        "others": others,
+        "class": row.get("answer_class", ""),
+        "right": is_right(row),
+    }
+
+
+def with_attention(
+    model: CrossAttnGPTBigCodeForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+) -> list[Row]:
+    """`describe` for each row, with its context cut into tokens and the weights of every head on them.
+
+    Adds `tokens` (texts of the context that was encoded), `marked` (numbers of those that are an answer),
+    `answer_tokens`, and `weights[block][head][answer token]`: head 0 is the mean of all heads, and each list holds
+    token numbers and weights in thousandths in turn.
+    """
+    described = []
+    for row in tqdm(rows, desc="samples", unit="sample", disable=None):
+        text = prompts.context(row["context"])
+        states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
+        marked = answer_mask(tokenizer, text, row["answers"])[: len(states)]
+        sample = describe(row) | {
+            "tokens": token_texts(tokenizer, text)[: len(states)],
+            "marked": marked.nonzero().flatten().tolist(),
+            "answer_tokens": [],
+            "weights": [],
+        }
+        if sample["answer"].strip():
+            attention = attend(model, tokenizer, row["question"], sample["answer"], states)
+            sample["answer_tokens"] = attention.answer_tokens
+            heads = torch.cat([attention.weights.mean(1, keepdim=True), attention.weights], 1)
+            sample["weights"] = [[[_sparse(row) for row in head] for head in block] for block in heads]
+        described.append(sample)
+    return described
+
+
+def _sparse(weights: torch.Tensor) -> list[int]:
+    """The greatest of (S,) weights as `[token, thousandths, token, thousandths, ...]`."""
+    values, tokens = weights.topk(min(KEPT, len(weights)))
+    scaled = (values * SCALE).round().int().tolist()
+    return [
+        x
+        for token, value in zip(tokens.tolist(), scaled, strict=True)
+        if value >= LEAST
+        for x in (token, value)
+    ]
