@@ -204,6 +204,20 @@ def find_model(path: str | Path) -> Path:
     raise DsskError(f"no model at {folder}: want a checkpoint, a fused model, or the folder of a run")
 
 
+def find_encoder(path: str | Path) -> tuple[str, str | None]:
+    """The model that encodes contexts for `path`, and its revision: the base of a checkpoint, else itself.
+
+    `path` is what `find_model` takes, a base model, or a name on the Hub. A fused model has its base in it.
+    """
+    if not Path(path).exists():
+        return str(path), None
+    folder = find_model(path)
+    config = json.loads((folder / "config.json").read_bytes())
+    if config.get("cross_attn_only"):
+        return config["base_model_name_or_path"], config["base_model_revision"]
+    return str(folder.resolve()), None
+
+
 def load_model(path: str | Path, **kwargs):
     """Load (model in eval mode, tokenizer) from anything `find_model` finds; `kwargs` go to `from_pretrained`."""
     folder = find_model(path)

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -242,7 +242,7 @@ def encode_shard(
     arrow = job.path(index, ".arrow")
     files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
     schema = store.context_features(job.storage_dtype).arrow_schema
-    encoder = _Encoder(job, model)
+    encoder = Encoder(model, job.storage_dtype)
     with (
         files.publish(arrow) as file,
         ThreadPoolExecutor(1) as pool,
@@ -283,19 +283,25 @@ def batches(job: Job, index: int) -> Iterator[Batch]:
     """The contexts of a shard, longest first, cut into batches."""
     rows = planning.shard_tokens(job.folder, index)
     contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
+    for cut in batch_slices([len(ids) for ids in input_ids], job.batch_size, job.batch_tokens):
+        yield Batch(job.plan.shards[index].first_row + cut.start, contexts[cut], input_ids[cut])
+
+
+def batch_slices(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[slice]:
+    """Cut rows of these lengths, longest first, into batches of at most so many rows and tokens with padding."""
     start = 0
-    while start < len(input_ids):
+    while start < len(lengths):
         # the first is the longest, so it decides the padded size
-        end = start + max(1, min(job.batch_size, job.batch_tokens // len(input_ids[start])))
-        yield Batch(job.plan.shards[index].first_row + start, contexts[start:end], input_ids[start:end])
+        end = min(len(lengths), start + max(1, min(batch_size, batch_tokens // lengths[start])))
+        yield slice(start, end)
         start = end
 
 
-class _Encoder:
+class Encoder:
     """Turns batches into record batches of a store."""
 
-    def __init__(self, job: Job, model: GPTBigCodeForCausalLM):
-        self._storage_dtype = job.storage_dtype
+    def __init__(self, model: GPTBigCodeForCausalLM, storage_dtype: store.StorageDtype):
+        self._storage_dtype: store.StorageDtype = storage_dtype
         self._model = model
         self.out_of_memory_splits = 0
 

@@ -70,8 +70,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Settings(Strict):
-    """What decides the content of a store. Two runs with equal settings give equal rows and encodings."""
+class Encoding(Strict):
+    """Which model made encodings, how, and in what form they are kept."""
 
     format_version: int = FORMAT_VERSION
     model_id: str = Field(description="as it was given: a path or a name on the Hub")
@@ -83,6 +83,11 @@ class Settings(Strict):
     storage_dtype: StorageDtype | None = Field(description="None: texts only")
     template_version: int = Field(description="of `dssk.prompts`")
     maximum_input_length: int = Field(description="tokens that a context is cut to")
+
+
+class Settings(Encoding):
+    """What decides the content of a store. Two runs with equal settings give equal rows and encodings."""
+
     shard_rows: int = Field(description="contexts in a shard")
     source: dict[str, str | int | float | None] = Field(
         description="data set, its files' fingerprint, how it was split"
@@ -276,10 +281,10 @@ def repair(path: str | Path) -> str:
     return f"run `python -m dssk.data.verify {path} --discard`, then the preprocessing command again"
 
 
-def check_model(manifest: Manifest, model_path: str | Path, revision: str | None = None) -> None:
-    """Raise `DsskError` unless `model_path` made the encodings; see `fingerprint`. Loads no weights.
+def check_model(manifest: Encoding, model_path: str | Path, revision: str | None = None) -> None:
+    """Raise `DsskError` unless `model_path`, a base or a fused model, made the encodings. Loads no weights.
 
-    A store of texts only suits every model.
+    See `fingerprint`. A store of texts only suits every model.
     """
     if manifest.storage_dtype is None:
         return
@@ -288,7 +293,7 @@ def check_model(manifest: Manifest, model_path: str | Path, revision: str | None
             f"contexts were encoded with prompt template {manifest.template_version}, this dssk uses "
             f"{prompts.TEMPLATE_VERSION}: encode them again into another folder"
         )
-    config = load_base_config(model_path, revision)
+    config = load_base_config(model_path, revision, fused=True)
     if config.n_embd != manifest.hidden_size:
         difference = f"hidden size {manifest.hidden_size}, not {config.n_embd}"
     elif tokenizer_hash(load_tokenizer(model_path, revision)) != manifest.tokenizer_hash:
@@ -369,7 +374,10 @@ class FetchStates:
 
 
 class Shard:
-    """A memory-mapped Arrow file of encodings. Mapped privately: the tensors can be written to, the file cannot."""
+    """A memory-mapped Arrow file of encodings. Mapped privately: the tensors can be written to, the file cannot.
+
+    `table` is all that the file holds; nothing of it is read before it is used.
+    """
 
     def __init__(self, path: Path, storage_dtype: StorageDtype, hidden_size: int):
         self._dtype = TORCH_DTYPES[storage_dtype]
@@ -378,11 +386,11 @@ class Shard:
         # torch keeps no file open for its map, so that thousands of shards can be open at once
         self._map = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy()
         buffer = pa.py_buffer(self._map)
-        table = pa.ipc.open_stream(buffer).read_all()
-        self._num_tokens: list[int] = table["n_tokens"].to_pylist()
-        self._starts = _value_starts(table["encoder_hidden_states"], buffer.address)
+        self.table = pa.ipc.open_stream(buffer).read_all()
+        self._num_tokens: list[int] = self.table["n_tokens"].to_pylist()
+        self._starts = _value_starts(self.table["encoder_hidden_states"], buffer.address)
         self._scale_starts = (
-            _value_starts(table["scale"], buffer.address) if storage_dtype == "int8" else None
+            _value_starts(self.table["scale"], buffer.address) if storage_dtype == "int8" else None
         )
 
     def states(self, row: int) -> torch.Tensor:

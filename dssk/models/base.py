@@ -6,14 +6,20 @@ import torch
 from transformers import AutoConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from dssk.errors import DsskError
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 
 
-def load_base_config(path: str | Path, revision: str | None = None) -> GPTBigCodeConfig:
-    """The configuration of a base model: a folder, or a name on the Hub. Anything but GPTBigCode is refused."""
+def load_base_config(path: str | Path, revision: str | None = None, fused: bool = False) -> GPTBigCodeConfig:
+    """The configuration of a base model: a folder, or a name on the Hub. Anything but GPTBigCode is refused.
+
+    With `fused` a fused model will do, too: its base is in it.
+    """
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DsskError(f"no model at {path}: {str(error).splitlines()[0]}") from error
+    if fused and isinstance(config, CrossAttnGPTBigCodeConfig) and not config.cross_attn_only:
+        return config
     if type(config) is not GPTBigCodeConfig:
         raise DsskError(f"{path} is a {config.model_type} model, want gpt_bigcode (the StarCoder family)")
     return config

@@ -12,7 +12,7 @@ Shapes as in `cross_attention.py`: B decoder rows, T decoder tokens, C contexts,
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeModel
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeBlock
 from transformers.utils import cached_file
 from transformers.utils.output_capturing import OutputRecorder
 
+from dssk.models.answering import answer
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.cross_attention import (
     CrossAttention,
@@ -284,6 +285,28 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         states = encoder_hidden_states.to(blocks[0].ln_1.weight)
         keys, values = zip(*(block.attn.project_context(states) for block in blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(states.device))
+
+    def answer(
+        self,
+        questions: str | Sequence[str],
+        contexts: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **generate: Any,
+    ) -> Any:
+        """Answer one question with a text, or several with a list of texts.
+
+        Args:
+            contexts: what the answer is to be found in: a text, encoder states (S, d), or a list of these, which
+                are encoded apart and attended to together. With several questions, a list of one such entry a
+                question, or one text, states or `ProjectedContext` for all. `None` asks the base.
+            tokenizer: with the padding token set, as `dssk.tokenizer.load_tokenizer` does. If not given it is loaded
+                on each call from where the model was loaded from.
+            generate: `batch_size` (32 questions), `show_progress`; the rest goes to `generate`. By default that is
+                greedy and ends after 32 tokens.
+
+        A text is encoded once, however many questions it is given with, and cut to the model's positions.
+        """
+        return answer(self, questions, contexts, tokenizer, **generate)
 
     def forward(
         self,

@@ -245,7 +245,7 @@ def test_the_commands_train_resume_evaluate_and_answer(launch, store_path, tmp_p
     answered = command(
         *(
             "-m",
-            "dssk.evaluation.answer",
+            "dssk.answer",
             "--checkpoint",
             str(tmp_path),
             "--context",
