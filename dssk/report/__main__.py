@@ -7,6 +7,7 @@ attention as attention.json. Parts whose files are not there yet are left out, w
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from dssk.training.wandb_report import log_report
 SHOWN_CONTROLS = 4  # in a figure with a line or bar for each
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     quiet_libraries()
-    output = Path(args.output) if args.output else None
     files = read_run(args.run_dir, args.compare)
-    output = output or files.folder / "report.html"
+    output = Path(args.output) if args.output else files.folder / "report.html"
     make_folder(output.parent)
     fused = load(files.folder)
     found = evidence(*fused, files.predictions) if fused and files.predictions else None
@@ -50,7 +50,7 @@ def main() -> None:
     print(output)
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None):
     parser = Parser(prog="python -m dssk.report", description=__doc__)
     parser.add_argument("run_dir", help="a run's folder, as trainval.py made it")
     parser.add_argument("--compare", help="folder that dssk.evaluation.compare wrote")
@@ -58,7 +58,7 @@ def parse_args():
         "--samples", type=count, default=24, help="questions to show with their answers (%(default)s)"
     )
     parser.add_argument("--output", help="the page (report.html in the run's folder)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 Fused = tuple[CrossAttnGPTBigCodeForCausalLM, PreTrainedTokenizerBase]
@@ -209,7 +209,7 @@ def sample_data(
         "heads": config.cross_attn_num_attention_heads if config else 0,
         "best": [found.block, found.head + 1] if found else None,
         "kept": samples.KEPT,
-        "least": samples.LEAST / samples.SCALE,
+        "scale": samples.SCALE,
     }
 
 

@@ -3,15 +3,15 @@
 (() => {
   const element = (id) => document.getElementById(id);
   if (!element("data")) return;
-  const { samples, layers, heads, best } = JSON.parse(element("data").textContent);
+  const { samples, layers, heads, best, scale } = JSON.parse(element("data").textContent);
   const view = { filter: "all", shown: samples, at: 0, block: best ? best[0] : layers.length - 1, head: best ? best[1] : 0, token: null };
   const ALL = null; // of the answer's tokens
 
   const create = (tag, text, properties = {}) => Object.assign(document.createElement(tag), { textContent: text }, properties);
   const visible = (text) => text.trim() || (text ? "␣" : "·");
-  const percent = (thousandths) => `${(thousandths / 10).toFixed(1)} %`;
+  const percent = (weight) => `${((100 * weight) / scale).toFixed(1)} %`;
 
-  // Weights, in thousandths, of the context's tokens: of one token of the answer, or their mean.
+  // Weights of the context's tokens, 1 being `scale`: of one token of the answer, or their mean.
   function weights(sample, block, token) {
     const rows = sample.weights[block][view.head];
     const sum = new Float64Array(sample.tokens.length);
@@ -96,7 +96,7 @@
     for (let token = 0; token < rows; token++) {
       const values = weights(sample, block, token);
       values.forEach((value, i) => {
-        pen.fillStyle = `rgb(${colour} / ${Math.sqrt(value / 1000).toFixed(3)})`;
+        pen.fillStyle = `rgb(${colour} / ${Math.sqrt(value / scale).toFixed(3)})`;
         if (value) pen.fillRect(i, token, 1, 1);
       });
     }

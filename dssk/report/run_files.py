@@ -18,7 +18,7 @@ class RunFiles:
     experiment: dict[str, Any]  # exp_dict.json
     metrics: list[dict[str, Any]]  # metrics.jsonl
     scores: dict[str, Any]  # scores.json
-    predictions: list[dict[str, Any]]  # predictions.jsonl
+    predictions: list[dict[str, Any]]  # predictions.jsonl, if it has answers from the right contexts
     table: list[dict[str, Any]] = field(default_factory=list)  # table.json of the comparison
     cost: list[dict[str, Any]] = field(default_factory=list)  # cost.json of the comparison
 
@@ -50,7 +50,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None) -> RunFiles
         experiment=_json(folder / "exp_dict.json", {}),
         metrics=_lines(folder / "metrics.jsonl", whole=False),
         scores=_json(folder / "scores.json", {}),
-        predictions=_lines(folder / "predictions.jsonl"),
+        predictions=[row for row in _lines(folder / "predictions.jsonl") if "with_context" in row],
     )
     if comparison is not None:
         if not (Path(comparison) / "table.json").is_file():

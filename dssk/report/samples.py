@@ -13,9 +13,8 @@ from dssk.evaluation.attention import answer_mask, attend, encode_context, token
 from dssk.evaluation.metrics import exact_match
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
-SCALE = 1000  # weights are shown in thousandths,
-KEPT = 32  # at most so many for a token of an answer,
-LEAST = 5  # and none below so many thousandths
+SCALE = 10_000  # weights are kept as whole numbers,
+KEPT = 48  # and at most so many for a token of an answer
 
 Row = dict[str, Any]  # a line of predictions.jsonl
 
@@ -66,7 +65,7 @@ def with_attention(
 
     Adds `tokens` (texts of the context that was encoded), `marked` (numbers of those that are an answer),
     `answer_tokens`, and `weights[block][head][answer token]`: head 0 is the mean of all heads, and each list holds
-    token numbers and weights in thousandths in turn.
+    token numbers and weights times `SCALE` in turn.
     """
     described = []
     for row in tqdm(rows, desc="samples", unit="sample", disable=None):
@@ -89,12 +88,8 @@ def with_attention(
 
 
 def _sparse(weights: torch.Tensor) -> list[int]:
-    """The greatest of (S,) weights as `[token, thousandths, token, thousandths, ...]`."""
+    """The greatest of (S,) weights, and not 0, as `[token, weight, token, weight, ...]`."""
     values, tokens = weights.topk(min(KEPT, len(weights)))
     scaled = (values * SCALE).round().int().tolist()
-    return [
-        x
-        for token, value in zip(tokens.tolist(), scaled, strict=True)
-        if value >= LEAST
-        for x in (token, value)
-    ]
+    pairs = [(token, value) for token, value in zip(tokens.tolist(), scaled, strict=True) if value]
+    return [number for pair in pairs for number in pair]

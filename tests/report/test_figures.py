@@ -1,0 +1,41 @@
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from dssk.report import figures
+from tests.report.conftest import score
+
+NAMES = ("with_context", "a <b> & \"c\" $x_1$ 'd'", "no_context")
+FIGURES = {
+    "bars": lambda: figures.bars([{"name": name, **score(0.5)} for name in NAMES]),
+    "bars without intervals": lambda: figures.bars([{"name": "a", "em": 0.5, "f1": 0.6}]),
+    "lengths": lambda: figures.by_length({name: score(0.5)["by_context_tokens"] for name in NAMES}),
+    "classes": lambda: figures.by_class({name: score(0.5)["by_class"] for name in NAMES}),
+    "loss": lambda: figures.loss_curve(
+        [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "loss": None}]
+    ),
+    "f1": lambda: figures.score_curve([{"step": 1, "eval_f1": 0.5}]),
+}
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
+def test_figures_are_svg_in_the_pages_ink_and_png(make, tmp_path):
+    drawn = figures.svg(make())
+    root = ET.fromstring(drawn.replace("xlink:", ""))
+    assert root.get("width") is None
+    assert root.get("viewBox")
+    assert "currentColor" in drawn
+    assert figures.INK not in drawn
+    assert drawn == figures.svg(make())  # no dates, no random ids
+    figures.write_png(make(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_shown_as_they_are():
+    texts = [element.text for element in ET.fromstring(figures.svg(FIGURES["bars"]())).iter()]
+    assert "a <b> & \"c\" $x 1$ 'd'" in texts
+
+
+def test_nothing_logged_is_no_figure():
+    assert figures.loss_curve([]) is None
+    assert figures.score_curve([{"step": 1, "loss": 2.0}]) is None

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from dssk.checkpoint import load_model
+from dssk.errors import DsskError
+from dssk.evaluation.attention import evidence
+from dssk.report import __main__ as command
+from dssk.report.run_files import read_run
+from tests.report.conftest import experiment, write, write_lines
+
+
+def test_the_page_lies_beside_its_figures_and_the_measured_attention(report, run_folder):
+    made = {file.name for file in run_folder.iterdir() if file.name.startswith("report")}
+    names = ("loss", "f1", "scores", "lengths", "classes", "systems-1", "systems-2")
+    assert made == {"report.html", *(f"report-{name}.png" for name in names)}
+    found = json.loads((run_folder / "attention.json").read_text())
+    expected = evidence(*load_model(run_folder), read_run(run_folder).predictions)
+    assert found == expected.__dict__
+    assert f"{100 * found['share']:.1f}" in report.read_text()
+
+
+def test_costs_are_compared_with_prompting(run_folder):
+    costs = command.measured_costs(read_run(run_folder, run_folder / "compare"))
+    (own, prompted), (larger,) = costs.values()
+    assert (own["system"], own["sooner"], prompted["sooner"]) == ("cross_attention", 25.0, 1.0)
+    assert larger["sooner"] is None
+
+
+def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, tmp_path, capsys):
+    write(tmp_path, "exp_dict.json", experiment(base_path))
+    command.main([str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    for name in ("evaluation.evaluate", "evaluation.compare"):
+        assert f"python -m dssk.{name} --checkpoint {tmp_path}" in page
+    assert "trainval.py" in page
+    assert {file.name for file in tmp_path.iterdir()} == {"exp_dict.json", "report.html"}
+    assert "no attention in this report: no model at" in capsys.readouterr().err
+
+
+def test_samples_are_shown_without_a_model_too(run_folder, tmp_path):
+    write(tmp_path, "exp_dict.json", {"model_path": "base"})
+    write_lines(tmp_path, "predictions.jsonl", read_run(run_folder).predictions)
+    output = tmp_path / "pages" / "page.html"
+    command.main([str(tmp_path), "--output", str(output), "--samples", "3"])
+    page = output.read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [sample["question"] for sample in data["samples"]]
+    assert len(data["samples"]) == 3
+    assert "samples are shown without attention" in page
+
+
+def test_the_report_is_added_to_the_wandb_run(run_folder, tmp_path, monkeypatch):
+    calls: list = []
+
+    class FakeRun:
+        def log(self, values):
+            calls.append(values)
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**settings):
+        calls.append(settings)
+        return FakeRun()
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("wandb.Html", lambda text, inject: text)
+    monkeypatch.setattr("wandb.Image", lambda path: path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path, "exp_dict.json", {"model_path": "base"})
+    write_lines(tmp_path, "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    command.main([str(tmp_path)])
+    assert calls == []
+    write(tmp_path, "wandb.json", {"id": "abc", "entity": "e", "project": "p", "name": None})
+    command.main([str(tmp_path)])
+    settings, logged, end = calls
+    assert [settings[key] for key in ("id", "entity", "project")] == ["abc", "e", "p"]
+    page = (tmp_path / "report.html").read_text()
+    assert logged == {"report": page, "report/report-loss": str(tmp_path / "report-loss.png")}
+    assert end == "finish"
+    assert json.loads((tmp_path / "wandb.json").read_text())["id"] == "abc"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(DsskError, match="no run at"):
+        command.main([str(tmp_path)])

@@ -1,0 +1,51 @@
+import pytest
+
+from dssk.errors import DamagedData, DsskError
+from dssk.report.run_files import find_run, read_run
+from tests.report.conftest import CONTROLS, write, write_lines
+
+
+def test_a_run_is_found_by_its_folder_one_in_it_and_the_one_above(run_folder):
+    for path in (run_folder, run_folder / "final", run_folder.parent):
+        assert find_run(path) == run_folder
+
+
+def test_no_run_and_several_runs_are_said_so(tmp_path):
+    with pytest.raises(DsskError, match="no run at"):
+        find_run(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "exp_dict.json", {})
+    with pytest.raises(DsskError, match="holds 2 runs"):
+        find_run(tmp_path)
+
+
+def test_everything_is_read(run_folder):
+    files = read_run(run_folder, run_folder / "compare")
+    assert tuple(files.controls) == CONTROLS
+    assert [m["step"] for m in files.metrics] == [1, 2, 4]
+    assert (len(files.predictions), len(files.table), len(files.cost)) == (8, 6, 1)
+    with pytest.raises(DsskError, match="no table.json"):
+        read_run(run_folder, run_folder)
+
+
+def test_what_is_absent_is_empty_and_a_log_may_be_torn(tmp_path):
+    write(tmp_path, "exp_dict.json", {"a": 1})
+    files = read_run(tmp_path)
+    assert (files.metrics, files.scores, files.controls, files.predictions) == ([], {}, {}, [])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
+    write_lines(tmp_path, "predictions.jsonl", [{"no_context": {}}])
+    files = read_run(tmp_path)
+    assert files.metrics == [{"step": 1}]
+    assert files.predictions == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("scores.json", "{"), ("scores.json", "[]"), ("predictions.jsonl", "{}\n{"), ("metrics.jsonl", "{\n{}")],
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    write(tmp_path, "exp_dict.json", {})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DamagedData, match=name):
+        read_run(tmp_path)
