@@ -1,119 +1,187 @@
-"""Score a checkpoint on the questions of a prepared data set: `python -m dssk.evaluation.evaluate --help`.
+"""Score a checkpoint on the questions of a data set: `python -m dssk.evaluation.evaluate --help`.
 
-Each question is answered three times: with its own context, with none, and with another row's context. A gain
-that comes from the context shows in the first and not in the others.
+Each question is answered under several controls. A gain that comes from the context shows under `with_context` and
+not under the others. A run that was killed goes on where it stopped; `torchrun` shares the work among processes.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
+import xxhash
+from transformers import PreTrainedTokenizerBase
 
+from dssk import prompts
 from dssk.checkpoint import find_model, load_model
 from dssk.console import quiet_libraries
-from dssk.data.store import load_rows
+from dssk.data.fingerprint import file_fingerprint
+from dssk.data.ranks import Ranks, join
 from dssk.errors import DsskError, run
-from dssk.evaluation.generate import MAX_NEW_TOKENS, Contexts, answer_nll, generate_answers
-from dssk.evaluation.metrics import answer_class, exact_match, f1
-from dssk.files import publish_json, publish_text
-from dssk.flags import Parser, positive_int
+from dssk.evaluation.generate import (
+    MAX_NEW_TOKENS,
+    answer_tokens,
+    context_batch,
+    generate_batch,
+    nll_batch,
+    question_tokens,
+)
+from dssk.evaluation.predictions import Answers, answer_all, discard_partial
+from dssk.evaluation.questions import (
+    QuestionSet,
+    check_encodings,
+    load_questions,
+    other_questions,
+    other_rows,
+)
+from dssk.evaluation.scores import score, table
+from dssk.files import publish_json
+from dssk.flags import Parser, nearest, positive_int
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
-CONTROLS = ("with_context", "no_context", "wrong_context")
-
-
-def evaluate(model, tokenizer, rows: datasets.Dataset, batch_size: int, max_new_tokens: int = MAX_NEW_TOKENS):
-    """Answer `rows` under every control.
-
-    Returns the scores, `{control: {em, f1, n, span_em, answer_nll}, right_beats_wrong}` with `em`, `f1` and shares
-    from 0 to 1 and `answer_nll` in nats a token, and one dict a question with its predictions.
-    """
-    texts = rows.select_columns(["id", "context", "question", "answer", "answers"]).to_list()
-    questions = [t["question"] for t in texts]
-    golds = [t["answers"] or [t["answer"]] for t in texts]
-    wrong = other_rows([t["context"] for t in texts])
-    contexts: dict[str, Contexts] = {
-        "with_context": lambda i: rows[i]["encoder_hidden_states"],
-        "no_context": lambda i: None,
-        "wrong_context": lambda i: rows[wrong[i]]["encoder_hidden_states"],
-    }
-    scores: dict[str, Any] = {}
-    predictions: list[dict[str, Any]] = [
-        {"id": t["id"], "question": q, "answers": g} for t, q, g in zip(texts, questions, golds, strict=True)
-    ]
-    nll: dict[str, list[float]] = {}
-    spans = [answer_class(t["answer"]) == "span" for t in texts]
-    for control in CONTROLS:
-        answers = generate_answers(model, tokenizer, questions, contexts[control], batch_size, max_new_tokens)
-        firsts = [t["answer"] for t in texts]
-        nll[control] = answer_nll(model, tokenizer, questions, firsts, contexts[control], batch_size)
-        scores[control] = _scores(answers, golds, spans, nll[control])
-        for prediction, answer, loss in zip(predictions, answers, nll[control], strict=True):
-            prediction[control] = {"prediction": answer, "answer_nll": round(loss, 4)}
-    beats = [right < other for right, other in zip(nll["with_context"], nll["wrong_context"], strict=True)]
-    scores["right_beats_wrong"] = round(mean(beats), 4)
-    return scores, predictions
+CONTROLS = ("with_context", "no_context", "wrong_context", "shuffled_tokens", "other_question")
+PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
 
-def _scores(
-    answers: Sequence[str], golds: Sequence[Sequence[str]], spans: Sequence[bool], nll: Sequence[float]
+class Trial(NamedTuple):
+    """How one question is put under one control, in row numbers."""
+
+    question: int  # whose question is asked; always scored against the row's own answers
+    context: int | None  # whose context is attended to
+    shuffled: bool = False  # the context's states in random order
+
+
+class CrossAttentionSystem:
+    """A fused model that answers questions from encoder states, under every control."""
+
+    def __init__(
+        self,
+        model: CrossAttnGPTBigCodeForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: QuestionSet,
+        controls: Sequence[str] = CONTROLS,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.questions = questions
+        self.max_new_tokens = max_new_tokens
+        self.trials = {control: trials(control, questions) for control in controls}
+
+    def __call__(self, rows: list[int]) -> list[Answers]:
+        answers: list[Answers] = [{} for _ in rows]
+        for control, of_rows in self.trials.items():
+            asked = [(i, row, trial) for i, row in enumerate(rows) if (trial := of_rows[row]) is not None]
+            if asked:
+                places, numbers, chosen = zip(*asked, strict=True)
+                for i, answer in zip(places, self._answer(numbers, chosen), strict=True):
+                    answers[i][control] = answer
+        return answers
+
+    def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float]]:
+        asked = self.questions.rows
+        prompted = [question_tokens(self.tokenizer, asked[trial.question].question) for trial in chosen]
+        targets = [answer_tokens(self.tokenizer, asked[row].answers[0]) for row in rows]
+        context = context_batch(self.model, self._states(rows, chosen))
+        if context:  # projected once for both
+            context = {"context": self.model.project_context(*context.values())}
+        with torch.no_grad():
+            texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)
+            losses = nll_batch(self.model, self.tokenizer, prompted, targets, **context)
+        return list(zip(texts, losses, strict=True))
+
+    def _states(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[torch.Tensor]:
+        """The encoder states of each row's trial; none where the trials have no context."""
+        numbers = [trial.context for trial in chosen if trial.context is not None]
+        if not numbers:
+            return []
+        states = self.questions.states(self.model, numbers)
+        return [
+            state[torch.from_numpy(np.random.default_rng(row).permutation(len(state)))]
+            if trial.shuffled
+            else state
+            for row, trial, state in zip(rows, chosen, states, strict=True)
+        ]
+
+
+def trials(control: str, questions: QuestionSet) -> Sequence[Trial | None]:
+    """The trial of each row under a control; None where a row cannot be put to it."""
+    rows = range(len(questions))
+    contexts = [row.context for row in questions.rows]
+    if control == "with_context":
+        return [Trial(row, row) for row in rows]
+    if control == "no_context":
+        return [Trial(row, None) for row in rows]
+    if control == "wrong_context":
+        if len(set(contexts)) == 1:
+            return [None for _ in rows]
+        return [Trial(row, other) for row, other in enumerate(other_rows(contexts))]
+    if control == "shuffled_tokens":
+        return [Trial(row, row, shuffled=True) for row in rows]
+    assert control == "other_question"
+    others = other_questions(contexts, [row.question for row in questions.rows])
+    return [None if other is None else Trial(other, row) for row, other in enumerate(others)]
+
+
+def evaluate(
+    model: CrossAttnGPTBigCodeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: QuestionSet,
+    path: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    controls: Sequence[str] = CONTROLS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    matches = [exact_match(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
-    on_spans = [match for match, span in zip(matches, spans, strict=True) if span]
-    return {
-        "em": round(mean(matches), 4),
-        "f1": round(mean(f1(answer, gold) for answer, gold in zip(answers, golds, strict=True)), 4),
-        "n": len(answers),
-        "span_em": round(mean(on_spans), 4) if on_spans else None,
-        "answer_nll": round(mean(nll), 4),
-    }
+    """Answer `questions` under the controls and score the answers; predictions go to `path`.
 
-
-def other_rows(contexts: Sequence[str]) -> list[int]:
-    """For each row the nearest following row (cyclically) with another context.
-
-    Raises `DsskError` if all contexts are the same: then there is no wrong context to give.
+    Returns the content of scores.json (see `scores.score`). `settings` tell one checkpoint from another.
     """
-    if len(set(contexts)) < 2:
-        raise DsskError("all questions share one context: wrong_context needs at least two")
-    count = len(contexts)
-    return [
-        next(j % count for j in range(i + 1, i + count) if contexts[j % count] != contexts[i])
-        for i in range(count)
-    ]
+    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens)
+    settings = {**settings, "controls": list(controls), "max_new_tokens": max_new_tokens}
+    settings["template_version"] = prompts.TEMPLATE_VERSION
+    predictions = answer_all(questions, system, path, settings, batch_size, ranks or Ranks(0, 1, 0))
+    return score(predictions, controls)
 
 
-def sample(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """At most `limit` rows, spread evenly: the same ones every time."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return rows.select(np.linspace(0, len(rows) - 1, limit).round().astype(int).tolist())
-
-
-def table(scores: dict[str, Any]) -> str:
-    """The scores as a small table for a terminal."""
-    lines = [f"{'':14} {'EM':>7} {'F1':>7} {'span EM':>8} {'answer NLL':>11} {'n':>6}"]
-    for control in CONTROLS:
-        row = scores[control]
-        span = "-" if row["span_em"] is None else f"{row['span_em']:.3f}"
-        lines.append(
-            f"{control:14} {row['em']:7.3f} {row['f1']:7.3f} {span:>8} {row['answer_nll']:11.3f} {row['n']:6}"
-        )
-    return "\n".join(
-        [*lines, f"gold answer likelier with its own context: {scores['right_beats_wrong']:.1%}"]
+def checkpoint_fingerprint(folder: Path) -> str:
+    """What tells the weights in a folder from others; large files are not read whole."""
+    names = sorted(
+        path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
     )
+    return xxhash.xxh3_128_hexdigest("".join(map(file_fingerprint, names)).encode())
+
+
+def output_folder(checkpoint: str) -> Path:
+    """Where scores go: the run's folder if `checkpoint` names a run, else the folder of the checkpoint itself."""
+    folder = find_model(checkpoint)
+    return folder if folder == Path(checkpoint) else folder.parent
+
+
+def control_list(text: str) -> list[str]:
+    """Parse the names of controls, divided by commas."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CONTROLS:
+            raise DsskError(
+                f"no control {name!r}{nearest(name, CONTROLS)}: want some of {','.join(CONTROLS)}"
+            )
+    return [control for control in CONTROLS if control in names]
 
 
 def main() -> None:
     parser = Parser(prog="python -m dssk.evaluation.evaluate", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
-    parser.add_argument("--data_path", required=True, help="folder made by dssk/data/preproc_nq.py")
-    parser.add_argument("--split", default="val", help="split to score (%(default)s)")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data_path", help="folder made by dssk/data/preproc_nq.py")
+    data.add_argument(
+        "--dataset", help="raw questions instead, as preproc_nq.py reads them; encoded on the fly"
+    )
+    parser.add_argument("--split", help="split to score (val)")
+    parser.add_argument("--controls", default=",".join(CONTROLS), help="some of %(default)s")
     parser.add_argument(
         "--max_questions", type=positive_int, help="score this many questions, spread over the split"
     )
@@ -127,26 +195,37 @@ def main() -> None:
         help="longest answer, in tokens (%(default)s)",
     )
     parser.add_argument(
-        "--output", help="where scores go; predictions lie beside (scores.json in the checkpoint)"
+        "--output", help="where scores go; predictions lie beside (scores.json in the run or the checkpoint)"
     )
     args = parser.parse_args()
     quiet_libraries()
 
-    folder = find_model(args.checkpoint)
-    rows = load_rows(args.data_path)
-    if args.split not in rows:
-        raise DsskError(f"{args.data_path} has no split {args.split}, it has {', '.join(rows)}")
-    model, tokenizer = load_model(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    scores, predictions = evaluate(
-        model, tokenizer, sample(rows[args.split], args.max_questions), args.batch_size, args.max_new_tokens
-    )
-    output = Path(args.output) if args.output else folder / "scores.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-    publish_text(output.with_name("predictions.jsonl"), lines)
-    publish_json(output, scores)
-    print(f"{table(scores)}\n{output}")
+    controls = control_list(args.controls)
+    data_path = args.data_path or args.dataset
+    if args.data_path and not Path(args.data_path).is_dir():
+        raise DsskError(f"no folder {args.data_path}: want one made by preproc_nq.py; raw data is --dataset")
+    output = Path(args.output) if args.output else output_folder(args.checkpoint) / SCORES
+    predictions = output.with_name(PREDICTIONS)
+    with join() as ranks:
+        model, tokenizer = load_model(args.checkpoint)
+        model.to(f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu")
+        check_encodings(data_path, args.checkpoint, model.config)
+        questions = load_questions(data_path, tokenizer, model.config, args.split, args.max_questions)
+        scores = evaluate(
+            model,
+            tokenizer,
+            questions,
+            predictions,
+            {"checkpoint": checkpoint_fingerprint(find_model(args.checkpoint))},
+            args.batch_size,
+            controls,
+            args.max_new_tokens,
+            ranks,
+        )
+        if ranks.rank == 0:
+            publish_json(output, scores)
+            discard_partial(predictions)
+            print(f"{table(scores)}\n{output}")
 
 
 if __name__ == "__main__":

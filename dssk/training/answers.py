@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.errors import DsskError
-from dssk.evaluation.evaluate import other_rows, sample
 from dssk.evaluation.generate import Contexts, generate_answers
 from dssk.evaluation.metrics import exact_match, f1
+from dssk.evaluation.questions import other_rows, sample
 
 
 class AnswerScorer:

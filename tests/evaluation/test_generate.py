@@ -3,8 +3,6 @@ import torch
 
 from dssk import prompts
 from dssk.data.store import load_rows
-from dssk.errors import DsskError
-from dssk.evaluation.evaluate import evaluate, other_rows, sample
 from dssk.evaluation.generate import answer_nll, generate_answers
 from dssk.tokenizer import load_tokenizer
 from tests.conftest import fused
@@ -58,30 +56,3 @@ def test_the_likelihood_is_that_of_the_answers_tokens_alone(base_path, tokenizer
         with torch.no_grad():
             expected = model(torch.cat([prompt, target], 1), labels=labels, **states).loss
         assert loss == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_a_wrong_context_is_never_the_right_one():
-    contexts = ["a", "a", "b", "c", "c", "c"]
-    wrong = other_rows(contexts)
-    assert all(contexts[j] != contexts[i] for i, j in enumerate(wrong))
-    with pytest.raises(DsskError, match="share one context"):
-        other_rows(["a", "a"])
-
-
-def test_a_sample_is_spread_over_the_rows_and_always_the_same(rows):
-    assert len(sample(rows, None)) == len(sample(rows, 10**6)) == len(rows)
-    picked = sample(rows, 4)["id"]
-    assert list(picked) == [
-        rows["id"][i] for i in (0, round((len(rows) - 1) / 3), round((len(rows) - 1) * 2 / 3), -1)
-    ]
-
-
-def test_scores_are_computed_for_every_control(base_path, tokenizer, rows):
-    scores, predictions = evaluate(fused(base_path), tokenizer, rows, batch_size=4, max_new_tokens=6)
-    for control in ("with_context", "no_context", "wrong_context"):
-        assert set(scores[control]) == {"em", "f1", "n", "span_em", "answer_nll"}
-        assert scores[control]["n"] == len(rows)
-    assert 0 <= scores["right_beats_wrong"] <= 1
-    losses = [(p["with_context"]["answer_nll"], p["wrong_context"]["answer_nll"]) for p in predictions]
-    assert scores["right_beats_wrong"] == pytest.approx(sum(a < b for a, b in losses) / len(losses), abs=1e-3)
-    assert [p["id"] for p in predictions] == list(rows["id"])

@@ -1,0 +1,144 @@
+"""Answering a set of questions, batch by batch, so that a run that was killed goes on where it stopped.
+
+Finished batches are appended to predictions.partial.jsonl; its first line says what is being answered, by what and
+how. Batches depend on the questions alone, so it changes nothing where a run was interrupted or how many processes
+share the work.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dssk import files
+from dssk.data.ranks import Ranks
+from dssk.evaluation.generate import length_batches
+from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
+from dssk.evaluation.questions import QuestionSet
+from dssk.evaluation.scores import Prediction
+
+PARTIAL = "predictions.partial"
+
+Answers = dict[
+    str, tuple[str, float]
+]  # control -> (prediction, mean negative log-likelihood of the gold answer)
+System = Callable[[list[int]], list[Answers]]  # row numbers -> the answers to each
+
+
+def answer_all(
+    questions: QuestionSet,
+    system: System,
+    path: Path,
+    settings: dict[str, Any],
+    batch_size: int,
+    ranks: Ranks,
+) -> list[Prediction]:
+    """The predictions of all questions in their order, on every rank; the first rank writes them to `path`.
+
+    `settings` must tell everything that decides the answers: a partial file of others is discarded. Call
+    `discard_partial` once the results are used.
+    """
+    batches = length_batches(questions.context_tokens, batch_size)
+    settings = {**settings, "questions": questions.fingerprint, "batch_size": batch_size}
+    done = ranks.from_first(lambda: _resume(path, settings))
+    missing = [batch for batch in batches if not done.keys() >= set(batch)]
+    mine = missing[ranks.rank :: ranks.size]
+    count = sum(map(len, mine))
+    with (
+        open(_partial(path, ranks.rank), "a", encoding="utf-8") as file,
+        tqdm(total=count, desc=path.stem, unit="question", disable=None if ranks.rank == 0 else True) as bar,
+    ):
+        if ranks.rank:
+            file.write(_line({"settings": settings}))
+        for rows in mine:
+            answers = system(rows)
+            for row, answered in zip(rows, answers, strict=True):
+                file.write(_line({"row": row, **_prediction(questions, row, answered)}))
+            file.flush()
+            bar.update(len(rows))
+    ranks.wait()
+    return ranks.from_first(lambda: _finish(path, settings, len(questions)))
+
+
+def discard_partial(path: Path) -> None:
+    """Remove what `answer_all` wrote besides `path`."""
+    for partial in _partials(path):
+        files.remove(partial)
+
+
+def _prediction(questions: QuestionSet, row: int, answers: Answers) -> Prediction:
+    asked = questions.rows[row]
+    scored = {
+        control: {
+            "prediction": text,
+            "em": exact_match(text, asked.answers),
+            "f1": round(f1(text, asked.answers), 4),
+            "rouge_l": round(rouge_l(text, asked.answers), 4),
+            "answer_nll": round(nll, 4),
+        }
+        for control, (text, nll) in answers.items()
+    }
+    return {
+        "id": asked.id,
+        "question": asked.question,
+        "context": asked.context,
+        "answers": asked.answers,
+        "answer_class": answer_class(asked.answers[0]),
+        "context_tokens": questions.context_tokens[row],
+        **scored,
+    }
+
+
+def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
+    """What earlier runs finished, gathered in the first rank's file; the files of other ranks are gone then."""
+    files.make_folder(path.parent)
+    done = _read(path, settings)
+    lines = [{"settings": settings}, *({"row": row, **prediction} for row, prediction in done.items())]
+    files.publish_text(_partial(path, 0), "".join(map(_line, lines)))
+    for partial in _partials(path):
+        if partial != _partial(path, 0):
+            files.remove(partial)
+    return done
+
+
+def _finish(path: Path, settings: dict[str, Any], count: int) -> list[Prediction]:
+    done = _read(path, settings)
+    predictions = [done[row] for row in range(count)]
+    files.publish_text(path, "".join(map(_line, predictions)))
+    return predictions
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
+    """Predictions by row from all partial files with these settings. A line torn by the run's end is left out."""
+    done: dict[int, Prediction] = {}
+    for partial in _partials(path):
+        header, *rows = _whole_lines(partial) or [None]
+        if header == {"settings": settings}:
+            done |= {row.pop("row"): row for row in rows}
+    return done
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    lines = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # nothing behind a torn line was written by us
+            break
+    return lines
+
+
+def _partial(path: Path, rank: int) -> Path:
+    name = path.name.replace("predictions", PARTIAL, 1)
+    return path.with_name(name if rank == 0 else f"{name}.{rank}")
+
+
+def _partials(path: Path) -> list[Path]:
+    first = _partial(path, 0).name
+    return sorted(p for p in path.parent.iterdir() if p.name == first or p.name.startswith(f"{first}."))
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

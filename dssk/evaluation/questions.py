@@ -1,0 +1,212 @@
+"""The questions to score: rows of a store or of a raw data set, and the encoder states of their contexts.
+
+A raw set's contexts are encoded as they are asked for, in batches, and rounded as a store would: the answers are
+those that its store would give.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.checkpoint import find_model
+from dssk.data import sources
+from dssk.data.collate import length_mask, pad_tokens
+from dssk.data.store import (
+    MANIFEST,
+    TORCH_DTYPES,
+    StorageDtype,
+    check_model,
+    encoding_bytes,
+    load_manifest,
+    load_rows,
+)
+from dssk.errors import DsskError
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+
+DEFAULT_STORAGE: StorageDtype = "bf16"  # of encodings made on the fly, as preprocessing stores them
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to answer."""
+
+    id: str
+    question: str
+    context: str
+    answers: list[str]  # all acceptable ones; the first is the one a model learns
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions with the states of their contexts; row numbers index `rows`."""
+
+    rows: list[Question]
+    context_tokens: list[int]  # of each row, as encoded
+    fingerprint: str  # what tells these rows and encodings from others
+    bytes_per_context_token: int  # of a stored encoding
+    table: datasets.Dataset | None = None  # rows of a store with encoder_hidden_states
+    context_ids: list[list[int]] | None = None  # of each row, where there is no store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def states(self, model: CrossAttnGPTBigCodeForCausalLM, numbers: Sequence[int]) -> list[torch.Tensor]:
+        """Encoder states (S, d) of the contexts of some rows."""
+        if self.table is not None:
+            return [self.table[i]["encoder_hidden_states"] for i in numbers]
+        assert self.context_ids is not None
+        ids = [self.context_ids[i] for i in numbers]
+        mask = length_mask([len(tokens) for tokens in ids])
+        padded = pad_tokens(ids, model.config.pad_token_id or 0)
+        states, _ = model.encode(padded.to(model.device), mask.long().to(model.device))
+        rounded = states.to(TORCH_DTYPES[DEFAULT_STORAGE])
+        return [row[: len(tokens)] for row, tokens in zip(rounded, ids, strict=True)]
+
+
+def load_questions(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CrossAttnGPTBigCodeConfig,
+    split: str | None = None,
+    limit: int | None = None,
+) -> QuestionSet:
+    """The questions of a store, or of raw data that preprocessing could read (a file, a folder, a name on the Hub).
+
+    `split` is `val` if not given; raw data that is not divided is taken whole. At most `limit` rows are taken, spread
+    evenly. Raises `DsskError` for a split that is not there and for rows of no known schema.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        return _from_store(path, tokenizer, config, split or "val", limit)
+    return _from_source(path, tokenizer, config, split, limit)
+
+
+def _from_store(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CrossAttnGPTBigCodeConfig,
+    split: str,
+    limit: int | None,
+) -> QuestionSet:
+    tables = load_rows(path)
+    if split not in tables:
+        raise DsskError(f"{path} has no split {split}, it has {', '.join(tables)}")
+    manifest = load_manifest(path)
+    table = sample(tables[split], limit)
+    names = ["id", "context", "question", "answer", "answers"]
+    rows = [
+        Question(row["id"], row["question"], row["context"], row["answers"] or [row["answer"]])
+        for row in table.select_columns(names).to_list()
+    ]
+    if not rows:
+        raise DsskError(f"{path} has no questions in its split {split}")
+    fingerprint = _fingerprint(manifest.checksum, split, limit)
+    if manifest.storage_dtype is None:
+        return _encoded_later(rows, tokenizer, config, fingerprint)
+    lengths = [len(table[i]["encoder_hidden_states"]) for i in range(len(table))]
+    num_bytes = encoding_bytes(manifest.storage_dtype, manifest.hidden_size)
+    return QuestionSet(rows, lengths, fingerprint, num_bytes, table=table)
+
+
+def _from_source(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CrossAttnGPTBigCodeConfig,
+    split: str | None,
+    limit: int | None,
+) -> QuestionSet:
+    source = sources.Source(path)
+    found = source.open()
+    name = split or ("val" if "val" in found else "all")
+    if name not in found:
+        raise DsskError(f"{path} has no split {name}, it has {', '.join(sorted(found))}")
+    rows = []
+    for raw in found[name]:
+        try:
+            qa = sources.to_qa(raw)
+        except sources.Dropped:
+            continue
+        except sources.BadRow as error:
+            raise DsskError(f"{raw.place}: {error}: mend or remove that row") from error
+        rows.append(Question(qa.id, qa.question, qa.context, qa.answers))
+    if not rows:
+        raise DsskError(f"{path} has no usable row: want rows of context, question and answer")
+    fingerprint = _fingerprint(source.describe(), name, limit)
+    return _encoded_later([rows[i] for i in spread(len(rows), limit)], tokenizer, config, fingerprint)
+
+
+def _encoded_later(
+    rows: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    config: CrossAttnGPTBigCodeConfig,
+    fingerprint: str,
+) -> QuestionSet:
+    longest = config.max_position_embeddings
+    texts = [prompts.context(row.context) for row in rows]
+    ids = [tokens[:longest] for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    num_bytes = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
+    return QuestionSet(rows, [len(tokens) for tokens in ids], fingerprint, num_bytes, context_ids=ids)
+
+
+def _fingerprint(*facts: object) -> str:
+    return xxhash.xxh3_128_hexdigest(repr(facts).encode())
+
+
+def check_encodings(path: str, checkpoint: str | Path, config: CrossAttnGPTBigCodeConfig) -> None:
+    """Raise `DsskError` unless the base of a checkpoint made the encodings at `path`; raw data suits every model."""
+    if not (Path(path) / MANIFEST).is_file():
+        return
+    manifest = load_manifest(path)
+    if config.cross_attn_only and config.base_model_name_or_path:
+        check_model(manifest, config.base_model_name_or_path, config.base_model_revision)
+    else:
+        check_model(manifest, find_model(checkpoint))
+
+
+def sample(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """At most `limit` rows, spread evenly: the same ones every time."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(spread(len(rows), limit))
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of the numbers below `count`, spread evenly: the same ones every time."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, limit).round().astype(int).tolist()
+
+
+def other_rows(contexts: Sequence[str]) -> list[int]:
+    """For each row the nearest following row (cyclically) with another context.
+
+    Raises `DsskError` if all contexts are the same: then there is no wrong context to give.
+    """
+    if len(set(contexts)) < 2:
+        raise DsskError("all questions share one context: wrong_context needs at least two")
+    count = len(contexts)
+    return [
+        next(j % count for j in range(i + 1, i + count) if contexts[j % count] != contexts[i])
+        for i in range(count)
+    ]
+
+
+def other_questions(contexts: Sequence[str], questions: Sequence[str]) -> list[int | None]:
+    """For each row the next row (cyclically) that asks another question of the same context, None if none does."""
+    together: dict[str, list[int]] = {}
+    for row, context in enumerate(contexts):
+        together.setdefault(context, []).append(row)
+    others: list[int | None] = []
+    for row, context in enumerate(contexts):
+        fellows = together[context]
+        place = fellows.index(row)
+        following = fellows[place + 1 :] + fellows[:place]
+        others.append(next((other for other in following if questions[other] != questions[row]), None))
+    return others

@@ -1,0 +1,219 @@
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from dssk.checkpoint import load_model
+from dssk.data.ranks import Ranks
+from dssk.errors import DsskError
+from dssk.evaluation import evaluate
+from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, control_list, output_folder, trials
+from dssk.evaluation.predictions import answer_all, discard_partial
+from dssk.evaluation.questions import load_questions
+from dssk.tokenizer import load_tokenizer
+from tests.conftest import REPOSITORY, fused
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base_path, tmp_path_factory):
+    """A run's folder with a fused model of random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    fused(base_path).save_pretrained(folder / "final")
+    load_tokenizer(base_path).save_pretrained(folder / "final")
+    return folder
+
+
+def run_evaluate(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+    evaluate.main()
+
+
+def test_every_control_is_answered_and_scored(checkpoint, store_path, monkeypatch, capsys):
+    run_evaluate(monkeypatch, "--checkpoint", checkpoint, "--data_path", store_path, "--max_new_tokens", 6)
+    scores = json.loads((checkpoint / "scores.json").read_text())
+    lines = [json.loads(line) for line in (checkpoint / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["final", "predictions.jsonl", "scores.json"]
+    assert list(lines[0]) == [
+        *("id", "question", "context", "answers", "answer_class", "context_tokens"),
+        *CONTROLS,
+    ]
+    assert set(lines[0]["with_context"]) == {"prediction", "em", "f1", "rouge_l", "answer_nll"}
+    assert set(scores) == {*CONTROLS, "right_beats_wrong", "right_beats_wrong_low", "right_beats_wrong_high"}
+    assert all(scores[control]["n"] == len(lines) for control in CONTROLS)
+    printed = capsys.readouterr().out
+    assert all(control in printed for control in CONTROLS)
+
+
+def test_controls_change_what_they_say_and_nothing_else(checkpoint, store_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    system = CrossAttentionSystem(model, tokenizer, questions, max_new_tokens=6)
+    answers = system(list(range(len(questions))))
+    # Attention has no positions of its own: the order of the states alone is worth nothing.
+    for answer in answers:
+        assert answer["shuffled_tokens"][0] == answer["with_context"][0]
+        assert answer["shuffled_tokens"][1] == pytest.approx(answer["with_context"][1], abs=1e-4)
+        assert answer["no_context"][1] != pytest.approx(answer["with_context"][1], abs=1e-4)
+        assert answer["wrong_context"][1] != pytest.approx(answer["with_context"][1], abs=1e-4)
+    others = trials("other_question", questions)
+    for row, trial in enumerate(others):
+        assert questions.rows[trial.question].context == questions.rows[row].context
+        assert answers[row]["other_question"][0] == answers[trial.question]["with_context"][0]
+
+
+def test_states_are_shuffled_each_in_its_own_way_and_always_the_same(checkpoint, store_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    system = CrossAttentionSystem(model, tokenizer, questions, ["shuffled_tokens"])
+    chosen = [trial for trial in system.trials["shuffled_tokens"][:2] if trial]
+    first, again = system._states([0, 1], chosen), system._states([0, 1], chosen)
+    (plain,) = questions.states(model, [0])
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], plain)
+    assert torch.equal(first[0].sort(0).values, plain.sort(0).values)
+
+
+def test_rows_that_a_control_does_not_fit_go_without_it(checkpoint, base_path, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"context": "c", "question": "q", "answer": "a"}))
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(file), tokenizer, model.config)
+    (answers,) = CrossAttentionSystem(model, tokenizer, questions, max_new_tokens=2)([0])
+    assert set(answers) == {"with_context", "no_context", "shuffled_tokens"}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path, tmp_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    system = CrossAttentionSystem(model, tokenizer, questions, ["with_context"], max_new_tokens=4)
+    alone, calls = Ranks(0, 1, 0), []
+
+    def dying(rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise Killed
+        return system(rows)
+
+    def counting(rows):
+        calls.append(rows)
+        return system(rows)
+
+    whole = answer_all(questions, system, tmp_path / "a" / "predictions.jsonl", {}, 2, alone)
+    path = tmp_path / "b" / "predictions.jsonl"
+    with pytest.raises(Killed):
+        answer_all(questions, dying, path, {}, 2, alone)
+    partial = path.with_name("predictions.partial.jsonl")
+    assert len(partial.read_text().splitlines()) == 5
+    partial.write_bytes(partial.read_bytes()[:-7])  # as a kill in the middle of a write leaves it
+    calls.clear()
+    assert answer_all(questions, counting, path, {}, 2, alone) == whole
+    assert len(calls) == len(questions) // 2 - 1
+    assert path.read_bytes() == (tmp_path / "a" / "predictions.jsonl").read_bytes()
+
+
+def test_partial_answers_of_other_settings_are_discarded(checkpoint, store_path, tmp_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    path, alone = tmp_path / "predictions.jsonl", Ranks(0, 1, 0)
+    answer_all(questions, lambda rows: [{"c": ("old", 0.0)} for _ in rows], path, {"seed": 0}, 4, alone)
+    new = answer_all(questions, lambda rows: [{"c": ("new", 0.0)} for _ in rows], path, {"seed": 1}, 4, alone)
+    assert {prediction["c"]["prediction"] for prediction in new} == {"new"}
+
+
+def test_a_run_killed_with_9_goes_on_and_ends_in_the_same_files(
+    checkpoint, store_path, monkeypatch, tmp_path
+):
+    flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--max_new_tokens", 8, "--batch_size", 1]
+    run_evaluate(monkeypatch, *flags, "--output", tmp_path / "whole" / "scores.json")
+    killed = tmp_path / "killed"
+    command = ["-m", "dssk.evaluation.evaluate", *map(str, flags), "--output", str(killed / "scores.json")]
+    process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY)
+    partial = killed / "predictions.partial.jsonl"
+    while not (partial.exists() and partial.read_text().count("\n") > 2):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (killed / "predictions.jsonl").exists()
+    run_evaluate(monkeypatch, *flags, "--output", killed / "scores.json")
+    assert sorted(path.name for path in killed.iterdir()) == ["predictions.jsonl", "scores.json"]
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class Threads(Ranks):
+    """Two ranks as threads of this process."""
+
+    barrier = threading.Barrier(2, timeout=60)
+    shared: list = [None]
+
+    def from_first(self, make):
+        if self.rank == 0:
+            self.shared[0] = make()
+        self.wait()
+        value = self.shared[0]
+        self.wait()
+        return value
+
+    def wait(self):
+        self.barrier.wait()
+
+
+def test_ranks_share_the_work_and_write_the_files_of_one(checkpoint, store_path, tmp_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    path = tmp_path / "predictions.jsonl"
+    shares: dict[int, list[int]] = {0: [], 1: []}
+
+    def answer(rank):
+        def system(rows):
+            shares[rank] += rows
+            return [{"with_context": (f"answer {row}", row / 7)} for row in rows]
+
+        return answer_all(questions, system, path, {}, 2, Threads(rank, 2, rank))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(answer, (0, 1))
+    assert first == second
+    assert sorted(shares[0] + shares[1]) == list(range(len(questions)))
+    assert shares[0]
+    assert shares[1]
+    together = path.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3  # each rank's own partial file beside it
+    discard_partial(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    answer_all(
+        questions,
+        lambda rows: [{"with_context": (f"answer {row}", row / 7)} for row in rows],
+        path,
+        {},
+        2,
+        Ranks(0, 1, 0),
+    )
+    assert path.read_bytes() == together
+
+
+def test_scores_of_a_run_lie_in_its_folder_and_those_of_a_checkpoint_beside_it(checkpoint):
+    assert output_folder(str(checkpoint)) == checkpoint
+    assert output_folder(str(checkpoint / "final")) == checkpoint / "final"
+
+
+def test_a_mistyped_control_is_named():
+    assert control_list("no_context, with_context") == ["with_context", "no_context"]
+    with pytest.raises(DsskError, match="'no_contxt', did you mean no_context"):
+        control_list("no_contxt")
+
+
+def test_a_missing_store_is_refused(checkpoint, monkeypatch):
+    with pytest.raises(DsskError, match="no folder /nowhere"):
+        run_evaluate(monkeypatch, "--checkpoint", checkpoint, "--data_path", "/nowhere")
