@@ -34,6 +34,8 @@ MANIFEST = "library.json"
 SEGMENT_BYTES = 256_000_000  # a full segment: removing a context writes its segment again
 SMALL_BYTES = 16_000_000  # a smaller one is joined with what is added next, so that there are never many
 
+WORD = r"\w+"  # by default bm25s leaves out words of one character, such as digits
+
 
 class Segment(store.Strict):
     """One file of contexts."""
@@ -142,7 +144,7 @@ class ContextLibrary:
 
     def search(self, question: str, k: int = 1) -> list[Hit]:
         """At most `k` contexts that share words with `question`, best first, by BM25 over titles and texts."""
-        (words,) = bm25s.tokenize([question], return_ids=False, show_progress=False)
+        (words,) = bm25s.tokenize([question], token_pattern=WORD, return_ids=False, show_progress=False)
         if self._index is None or not any(word in self._index.vocab_dict for word in words):
             return []
         rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)
@@ -155,7 +157,8 @@ class ContextLibrary:
     def _index(self) -> bm25s.BM25 | None:
         """Made from all texts when it is first needed; None if there are no words in them."""
         contexts = map(self.get, self)
-        words = bm25s.tokenize([f"{c.title}\n{c.text}" for c in contexts], show_progress=False)
+        texts = [f"{c.title}\n{c.text}" for c in contexts]
+        words = bm25s.tokenize(texts, token_pattern=WORD, show_progress=False)
         if not words.vocab:
             return None
         index = bm25s.BM25()
@@ -265,9 +268,7 @@ class ContextLibrary:
             self._open()
             files.remove_temps(self.path)
             for path in self.path.glob("contexts-*.arrow"):
-                if (
-                    path.name not in self._shards
-                ):  # of a writer that was killed, or replaced just before it was
+                if path.name not in self._shards:  # left by a writer that was killed
                     files.remove(path)
             yield
 
