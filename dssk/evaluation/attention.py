@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.evaluation.metrics import exact_match
+from dssk.evaluation.scores import interval
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it
@@ -133,7 +134,7 @@ class Evidence:
     chosen_on: int  # questions that chose the head
     n: int  # questions that it was measured on
     share: float  # of n: the token most attended over the whole answer lies inside the answer
-    low: float  # 95 % bootstrap interval of `share`
+    low: float  # 95 % bootstrap interval of `share`, resampling contexts
     high: float
     share_first_token: float  # of n: the same for the position that predicts the answer's first token
     share_mass: float  # mean over n of the weight that lies inside the answer
@@ -153,7 +154,7 @@ def evidence(
     usable = [row for row in predictions if _is_usable(row)]
     picked = np.unique(np.linspace(0, len(usable) - 1, min(len(usable), MAX_QUESTIONS)).round().astype(int))
     rows = [usable[i] for i in picked]
-    hits, first_hits, masses, chances = [], [], [], []
+    hits, first_hits, masses, chances, contexts = [], [], [], [], []
     for row in tqdm(rows, desc="attention", unit="question", disable=None):
         states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
         mask = answer_mask(tokenizer, prompts.context(row["context"]), row["answers"])[: len(states)]
@@ -164,6 +165,7 @@ def evidence(
         first_hits.append(mask[attention.weights[:, :, 0].argmax(-1)])
         masses.append(attention.of_answer()[..., mask].sum(-1))
         chances.append(mask.float().mean().item())
+        contexts.append(row["context"])
     if len(hits) < CHOOSING:
         return None
     return _measure(
@@ -172,6 +174,7 @@ def evidence(
         torch.stack(first_hits).numpy(),
         torch.stack(masses).numpy(),
         np.array(chances),
+        contexts,
     )
 
 
@@ -186,26 +189,31 @@ def _is_usable(row: dict[str, Any]) -> bool:
 
 
 def _measure(
-    layers: list[int], hits: np.ndarray, first_hits: np.ndarray, masses: np.ndarray, chances: np.ndarray
+    layers: list[int],
+    hits: np.ndarray,
+    first_hits: np.ndarray,
+    masses: np.ndarray,
+    chances: np.ndarray,
+    contexts: Sequence[str],
 ) -> Evidence:
     """From (questions, N, H) each to the best head and its shares."""
     choosing = np.arange(len(hits)) % CHOOSING == 0
     block, head = best_head(hits[choosing])
-    measured = hits[~choosing, block, head]
-    draws = np.random.default_rng(0).choice(measured, (1000, len(measured))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    measured = hits[~choosing, block, head].astype(float)
+    groups = np.unique(np.array(contexts)[~choosing], return_inverse=True)[1]
+    low, high = interval(measured.tolist(), groups.tolist())
     return Evidence(
         layer=layers[block],
         block=block,
         head=head,
         chosen_on=int(choosing.sum()),
         n=len(measured),
-        share=round(float(measured.mean()), 4),
-        low=round(float(low), 4),
-        high=round(float(high), 4),
-        share_first_token=round(float(first_hits[~choosing, block, head].mean()), 4),
-        share_mass=round(float(masses[~choosing, block, head].mean()), 4),
-        chance=round(float(chances[~choosing].mean()), 4),
+        share=round(measured.mean().item(), 4),
+        low=low,
+        high=high,
+        share_first_token=round(first_hits[~choosing, block, head].mean().item(), 4),
+        share_mass=round(masses[~choosing, block, head].mean().item(), 4),
+        chance=round(chances[~choosing].mean().item(), 4),
     )
 
 

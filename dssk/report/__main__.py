@@ -27,8 +27,6 @@ from dssk.report.page import render
 from dssk.report.run_files import RunFiles, read_run
 from dssk.training.wandb_report import log_report
 
-SHOWN_CONTROLS = 4  # in a figure with a line or bar for each
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
@@ -85,17 +83,16 @@ def summary(found: Evidence) -> str:
 def draw(files: RunFiles) -> dict[str, Figure]:
     """Every figure there is something for, by name."""
     controls = files.controls
-    shown = list(controls)[:SHOWN_CONTROLS]
-    lengths = {name: controls[name].get("by_context_tokens") or [] for name in shown}
-    classes = {name: controls[name].get("by_class") or {} for name in shown}
+    lengths = {name: row.get("by_context_tokens") or [] for name, row in controls.items()}
+    classes = {name: row.get("by_class") or {} for name, row in controls.items()}
     drawn = {
         "loss": figures.loss_curve(files.metrics),
         "f1": figures.score_curve(files.metrics),
         "scores": figures.bars([{"name": name, **row} for name, row in controls.items()])
         if controls
         else None,
-        "lengths": figures.by_length(lengths) if shown and all(lengths.values()) else None,
-        "classes": figures.by_class(classes) if shown and all(classes.values()) else None,
+        "lengths": figures.by_length(lengths) if controls and all(lengths.values()) else None,
+        "classes": figures.by_class(classes) if controls and all(classes.values()) else None,
     }
     for i, rows in enumerate(systems(files).values(), 1):
         drawn[f"systems-{i}"] = figures.bars([{"name": row["system"], **row} for row in rows])

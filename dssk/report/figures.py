@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dssk.files import publish
 WIDTH, HEIGHT = 5.2, 3.1  # inches; a page shows two side by side, a phone one
 INK = "#2a2f37"
 BLUE, ORANGE, GREEN, GREY = "#3d7cc9", "#d9772b", "#2f9d6c", "#8b93a0"  # to be read on white and on black
+PALETTE = (BLUE, GREY, ORANGE, GREEN, "#a06cc4")
 STYLE: Any = {
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be found
@@ -102,22 +104,19 @@ def bars(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def by_length(controls: dict[str, Sequence[dict[str, Any]]]) -> Figure:
-    """EM by the length of the context, a line for each control: bins of `low`, `high` tokens, `n`, `em`, interval."""
+    """EM by the length of the context, a line for each control: bins of `low` to `high` tokens, `em`, its interval."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure()
-        bins = next(iter(controls.values()))
-        for (name, rows), colour in zip(controls.items(), (BLUE, GREY, ORANGE, GREEN), strict=False):
-            known = [(place, row) for place, row in enumerate(rows) if row.get("em") is not None]
-            places = [place for place, _ in known]
-            ems = [row["em"] for _, row in known]
+        for (name, rows), colour in zip(controls.items(), cycle(PALETTE)):
+            tokens = [(row["low"] + row["high"]) / 2 for row in rows]
             # The first control is drawn on top: shuffled tokens, for one, hardly differ from it.
             order = 3 if axes.lines else 4
-            axes.plot(places, ems, color=colour, marker="o", label=_plain(name), zorder=order)
-            if all(row.get("em_low") is not None for _, row in known):
-                lows, highs = [row["em_low"] for _, row in known], [row["em_high"] for _, row in known]
-                axes.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
-        axes.set_xticks(range(len(bins)), [f"{b['low']}–{b['high']}\nn = {b['n']}" for b in bins])
-        axes.set_xlabel("tokens of the context")
+            ems = [row["em"] for row in rows]
+            axes.plot(tokens, ems, color=colour, marker="o", markersize=4, label=_plain(name), zorder=order)
+            if all(row.get("em_low") is not None for row in rows):
+                lows, highs = [row["em_low"] for row in rows], [row["em_high"] for row in rows]
+                axes.fill_between(tokens, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        axes.set_xlabel("tokens of the context, middle of a bin")
         axes.set_ylabel("EM")
         axes.set_ylim(-0.02, 1.02)
         axes.legend()
@@ -130,9 +129,7 @@ def by_class(controls: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         figure, axes = _figure()
         classes = list(next(iter(controls.values())))
         width = 0.8 / len(controls)
-        for i, ((name, rows), colour) in enumerate(
-            zip(controls.items(), (BLUE, GREY, ORANGE, GREEN), strict=False)
-        ):
+        for i, ((name, rows), colour) in enumerate(zip(controls.items(), cycle(PALETTE))):
             places = [place + (i - (len(controls) - 1) / 2) * width for place in range(len(classes))]
             heights = [rows.get(cls, {}).get("em") or 0.0 for cls in classes]
             axes.bar(places, heights, width * 0.9, color=colour, alpha=0.85, label=_plain(name))

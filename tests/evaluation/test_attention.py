@@ -100,12 +100,16 @@ def test_one_head_is_chosen_on_some_questions_and_measured_on_others():
     hits = np.zeros((40, 2, 3), bool)
     hits[:, 0, 1] = np.arange(40) % 4 != 0  # best where it is measured, useless where it is chosen
     hits[:, 1, 2] = np.arange(40) % 2 == 0  # always right where it is chosen
-    found = attention._measure([4, 7], hits, hits, hits.astype(float), np.full(40, 0.1))
+    found = attention._measure(
+        [4, 7], hits, hits, hits.astype(float), np.full(40, 0.1), list(map(str, range(40)))
+    )
     assert (found.layer, found.block, found.head) == (7, 1, 2)
     assert (found.chosen_on, found.n) == (10, 30)
     assert found.share == pytest.approx(1 / 3, abs=1e-4)
     assert found.low < found.share < found.high
     assert best_head(hits) == (0, 1)
+    one_context = attention._measure([4, 7], hits, hits, hits.astype(float), np.full(40, 0.1), ["a"] * 40)
+    assert one_context.low == one_context.high == found.share
 
 
 def test_evidence_finds_the_head_that_looks_at_the_answer(base_path, tokenizer, monkeypatch):
