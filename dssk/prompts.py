@@ -21,6 +21,11 @@ def question(text: str) -> str:
     return f"question: {text} \n answer:"
 
 
+def question_after_context(text: str) -> str:
+    """What follows `context(...)` in a prompt that holds its context: for models without cross-attention."""
+    return f" \n {question(text)}"
+
+
 def answer(text: str) -> str:
     """What follows `question(...)`; the end-of-text token comes after it."""
     return f" {text}"

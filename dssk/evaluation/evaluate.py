@@ -80,7 +80,7 @@ class CrossAttentionSystem:
                     answers[i][control] = answer
         return answers
 
-    def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float]]:
+    def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
         asked = self.questions.rows
         prompted = [question_tokens(self.tokenizer, asked[trial.question].question) for trial in chosen]
         targets = [answer_tokens(self.tokenizer, asked[row].answers[0]) for row in rows]

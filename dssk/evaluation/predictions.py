@@ -21,9 +21,8 @@ from dssk.evaluation.scores import Prediction
 
 PARTIAL = "predictions.partial"
 
-Answers = dict[
-    str, tuple[str, float]
-]  # control -> (prediction, mean negative log-likelihood of the gold answer)
+# control -> (prediction, negative log-likelihood of the first gold answer in nats a token, or None)
+Answers = dict[str, tuple[str, float | None]]
 System = Callable[[list[int]], list[Answers]]  # row numbers -> the answers to each
 
 
@@ -76,7 +75,7 @@ def _prediction(questions: QuestionSet, row: int, answers: Answers) -> Predictio
             "em": exact_match(text, asked.answers),
             "f1": round(f1(text, asked.answers), 4),
             "rouge_l": round(rouge_l(text, asked.answers), 4),
-            "answer_nll": round(nll, 4),
+            "answer_nll": None if nll is None else round(nll, 4),
         }
         for control, (text, nll) in answers.items()
     }

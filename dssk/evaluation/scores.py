@@ -38,7 +38,7 @@ def score_control(predictions: Sequence[Prediction], control: str) -> dict[str, 
         **_with_interval("f1", _values(predictions, control, "f1"), groups),
         "rouge_l": _mean(_values(predictions, control, "rouge_l")),
         "span_em": _mean(spans) if spans else None,
-        "answer_nll": _mean(_values(predictions, control, "answer_nll")),
+        "answer_nll": None if None in (nll := _values(predictions, control, "answer_nll")) else _mean(nll),
         "by_class": _by_class(predictions, control),
         "by_context_tokens": _by_context_tokens(predictions, control),
     }
