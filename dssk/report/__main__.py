@@ -27,6 +27,8 @@ from dssk.report.page import render
 from dssk.report.run_files import RunFiles, read_run
 from dssk.training.wandb_report import log_report
 
+WINDOW_TOKENS = 60  # of a context, in the figure of attention
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
@@ -36,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_folder(output.parent)
     fused = load(files.folder)
     found = evidence(*fused, files.predictions) if fused and files.predictions else None
-    drawn = draw(files)
-    publish_text(output, page(args, files, fused, found, drawn))
+    shown = sample_data(files, fused, found, samples.choose(files.predictions, args.samples))
+    drawn = draw(files, shown)
+    publish_text(output, page(args, files, fused, found, shown, drawn))
     pngs = [output.with_name(f"{output.stem}-{name}.png") for name in drawn]
     for figure, png in zip(drawn.values(), pngs, strict=True):
         figures.write_png(figure, png)
@@ -80,7 +83,7 @@ def summary(found: Evidence) -> str:
     )
 
 
-def draw(files: RunFiles) -> dict[str, Figure]:
+def draw(files: RunFiles, shown: dict[str, Any]) -> dict[str, Figure]:
     """Every figure there is something for, by name."""
     controls = files.controls
     lengths = {name: row.get("by_context_tokens") or [] for name, row in controls.items()}
@@ -94,9 +97,21 @@ def draw(files: RunFiles) -> dict[str, Figure]:
         "lengths": figures.by_length(lengths) if controls and all(lengths.values()) else None,
         "classes": figures.by_class(classes) if controls and all(classes.values()) else None,
     }
+    drawn["attention"] = attention_figure(shown)  # the page has a map to play with; this one is for a paper
     for i, rows in enumerate(systems(files).values(), 1):
         drawn[f"systems-{i}"] = figures.bars([{"name": row["system"], **row} for row in rows])
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def attention_figure(shown: dict[str, Any]) -> Figure | None:
+    """What the best head attended to in the first right sample, in a window around its most attended token."""
+    sample = next((s for s in shown["samples"] if s["right"] and s.get("weights")), None)
+    if sample is None or shown["best"] is None:
+        return None
+    weights = samples.dense(sample, *shown["best"])
+    start = max(0, weights.sum(0).argmax() - WINDOW_TOKENS // 2)
+    window = slice(start, start + WINDOW_TOKENS)
+    return figures.heat_map(weights[:, window], sample["answer_tokens"], sample["tokens"][window])
 
 
 def systems(files: RunFiles) -> dict[str, list[dict[str, Any]]]:
@@ -145,8 +160,14 @@ def tiles(files: RunFiles, found: Evidence | None) -> list[dict[str, str]]:
     return shown
 
 
-def page(args, files: RunFiles, fused: Fused | None, found: Evidence | None, drawn: dict[str, Figure]) -> str:
-    chosen = samples.choose(files.predictions, args.samples)
+def page(
+    args,
+    files: RunFiles,
+    fused: Fused | None,
+    found: Evidence | None,
+    shown: dict[str, Any],
+    drawn: dict[str, Figure],
+) -> str:
     published = list(costs.PUBLISHED)
     ratios = [cache.ratio for cache in published]
     multi_head = [cache.multi_head_ratio for cache in published]
@@ -160,7 +181,7 @@ def page(args, files: RunFiles, fused: Fused | None, found: Evidence | None, dra
         controls=files.controls,
         systems=systems(files),
         evidence=found,
-        samples=sample_data(files, fused, found, chosen),
+        samples=shown,
         attention_note="" if fused else "The run has no model yet: samples are shown without attention.",
         experiment=files.experiment,
         costs=measured_costs(files),

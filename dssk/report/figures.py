@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -165,19 +166,22 @@ def _plain(text: str) -> str:
 
 def svg(figure: Figure) -> Markup:
     """The figure as an element of a page: ink in the page's colour of text, sized by the page."""
-    with matplotlib.rc_context(STYLE):
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
+    text = _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = text.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg)', r"\1\2", text, count=1))
+    return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1))
 
 
 def write_png(figure: Figure, path: Path) -> None:
     """The figure on white, 200 dots an inch."""
-    with matplotlib.rc_context(STYLE), publish(path) as file:
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=200, facecolor="white")
-        file.write(data.getvalue())
+    with publish(path) as file:
+        file.write(_saved(figure, format="png", dpi=200, facecolor="white"))
+
+
+def _saved(figure: Figure, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # contexts have every script
+        figure.savefig(file, **settings)
+    return file.getvalue()

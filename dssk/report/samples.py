@@ -93,3 +93,11 @@ def _sparse(weights: torch.Tensor) -> list[int]:
     scaled = (values * SCALE).round().int().tolist()
     pairs = [(token, value) for token, value in zip(tokens.tolist(), scaled, strict=True) if value]
     return [number for pair in pairs for number in pair]
+
+
+def dense(sample: Row, block: int, head: int) -> np.ndarray:
+    """The weights of one head as (answer tokens, context tokens), as far as they were kept."""
+    weights = np.zeros((len(sample["answer_tokens"]), len(sample["tokens"])))
+    for row, pairs in zip(weights, sample["weights"][block][head], strict=True):
+        row[pairs[::2]] = np.array(pairs[1::2]) / SCALE
+    return weights

@@ -14,6 +14,7 @@ FIGURES = {
     "loss": lambda: figures.loss_curve(
         [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "loss": None}]
     ),
+    "heat map": lambda: figures.heat_map([[0.1, 0.9]], ["$a$"], ["<b>", "\u4e2d"]),
     "f1": lambda: figures.score_curve([{"step": 1, "eval_f1": 0.5}]),
 }
 

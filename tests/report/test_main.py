@@ -12,7 +12,7 @@ from tests.report.conftest import experiment, write, write_lines
 
 def test_the_page_lies_beside_its_figures_and_the_measured_attention(report, run_folder):
     made = {file.name for file in run_folder.iterdir() if file.name.startswith("report")}
-    names = ("loss", "f1", "scores", "lengths", "classes", "systems-1", "systems-2")
+    names = ("loss", "f1", "scores", "lengths", "classes", "attention", "systems-1", "systems-2")
     assert made == {"report.html", *(f"report-{name}.png" for name in names)}
     found = json.loads((run_folder / "attention.json").read_text())
     expected = evidence(*load_model(run_folder), read_run(run_folder).predictions)

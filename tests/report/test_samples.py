@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from dssk.checkpoint import load_model
 from dssk.evaluation.attention import attend, encode_context
-from dssk.report.samples import KEPT, SCALE, choose, describe, is_right, with_attention
+from dssk.report.samples import KEPT, SCALE, choose, dense, describe, is_right, with_attention
 from tests.report.conftest import row
 
 
@@ -38,11 +39,7 @@ def test_weights_are_those_of_the_heads_and_their_mean(run_folder):
     expected = attend(model, tokenizer, given["question"], "Ann", states).weights
     assert "".join(sample["tokens"]) == "context: " + given["context"]
     assert "".join(sample["tokens"][i] for i in sample["marked"]) == " Ann"
-    found = torch.zeros(2, 3, 4, len(sample["tokens"]))
-    for index in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
-        block, head, token = index
-        pairs = sample["weights"][block][head][token]
-        found[block, head, token, pairs[::2]] = torch.tensor(pairs[1::2]) / SCALE
+    found = torch.tensor(np.stack([[dense(sample, b, h) for h in range(3)] for b in range(2)])).float()
     torch.testing.assert_close(found[:, 1:], expected, atol=1 / SCALE, rtol=0)
     torch.testing.assert_close(found[:, 0], expected.mean(1), atol=1 / SCALE, rtol=0)
 
