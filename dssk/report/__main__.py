@@ -33,7 +33,7 @@ WINDOW_TOKENS = 60  # of a context, in the figure of attention
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
-    files = read_run(args.run_dir, args.compare)
+    files = read_run(args.run_dir, args.compare, args.data)
     output = Path(args.output) if args.output else files.folder / "report.html"
     make_folder(output.parent)
     fused = load(files.folder)
@@ -55,6 +55,10 @@ def parse_args(argv: Sequence[str] | None):
     parser = Parser(prog="python -m dssk.report", description=__doc__)
     parser.add_argument("run_dir", help="a run's folder, as trainval.py made it")
     parser.add_argument("--compare", help="folder that dssk.evaluation.compare wrote")
+    parser.add_argument(
+        "--data",
+        help="show scores and samples of this set of questions of the comparison (the run's own, if it was scored)",
+    )
     parser.add_argument(
         "--samples", type=count, default=24, help="questions to show with their answers (%(default)s)"
     )
@@ -180,6 +184,7 @@ def page(
         figures={name: figures.svg(figure) for name, figure in drawn.items()},
         controls=files.controls,
         systems=systems(files),
+        data=files.data,
         evidence=found,
         samples=shown,
         attention_note="" if fused else "The run has no model yet: samples are shown without attention.",

@@ -7,8 +7,6 @@ from typing import Any
 
 from dssk.errors import DamagedData, DsskError
 
-SYSTEM_NAMES = ("cross_attention", "prompted", "prompted_prefix_cache", "lora_prompted", "full_prompted")
-
 
 @dataclass
 class RunFiles:
@@ -17,10 +15,13 @@ class RunFiles:
     folder: Path
     experiment: dict[str, Any]  # exp_dict.json
     metrics: list[dict[str, Any]]  # metrics.jsonl
-    scores: dict[str, Any]  # scores.json
-    predictions: list[dict[str, Any]]  # predictions.jsonl, if it has answers from the right contexts
+    scores: dict[str, Any]  # scores.json, or those of the comparison
+    predictions: list[
+        dict[str, Any]
+    ]  # likewise predictions.jsonl, where it has answers from the right contexts
     table: list[dict[str, Any]] = field(default_factory=list)  # table.json of the comparison
     cost: list[dict[str, Any]] = field(default_factory=list)  # cost.json of the comparison
+    data: str = ""  # the comparison's set of questions that `scores` and `predictions` are of
 
     @property
     def controls(self) -> dict[str, dict[str, Any]]:
@@ -42,22 +43,42 @@ def find_run(path: str | Path) -> Path:
     raise DsskError(f"no run at {path}: want the folder with exp_dict.json that trainval.py made")
 
 
-def read_run(path: str | Path, comparison: str | Path | None = None) -> RunFiles:
-    """Read a run's files, and those that `dssk.evaluation.compare` wrote to the folder `comparison`."""
+def read_run(path: str | Path, comparison: str | Path | None = None, data: str | None = None) -> RunFiles:
+    """Read a run's files, and those that `dssk.evaluation.compare` wrote to the folder `comparison`.
+
+    `data` names one of the comparison's sets of questions: then, or if the run has not been scored by itself, scores
+    and predictions are the comparison's (of its first set if `data` is not given).
+    """
     folder = find_run(path)
     run = RunFiles(
         folder=folder,
         experiment=_json(folder / "exp_dict.json", {}),
         metrics=_lines(folder / "metrics.jsonl", whole=False),
         scores=_json(folder / "scores.json", {}),
-        predictions=[row for row in _lines(folder / "predictions.jsonl") if "with_context" in row],
+        predictions=_answered(folder / "predictions.jsonl"),
     )
-    if comparison is not None:
-        if not (Path(comparison) / "table.json").is_file():
-            raise DsskError(f"no table.json in {comparison}: want the --output of dssk.evaluation.compare")
-        run.table = _json(Path(comparison) / "table.json", [])
-        run.cost = _json(Path(comparison) / "cost.json", [])
+    if comparison is None:
+        if data is not None:
+            raise DsskError(f"--data {data} names a set of questions of a comparison: want --compare as well")
+        return run
+    compared = Path(comparison)
+    if not (compared / "table.json").is_file():
+        raise DsskError(f"no table.json in {comparison}: want the --output of dssk.evaluation.compare")
+    run.table = _json(compared / "table.json", [])
+    run.cost = _json(compared / "cost.json", [])
+    sets = list(dict.fromkeys(str(row["data"]) for row in run.table if row.get("data")))
+    if data is not None and data not in sets:
+        raise DsskError(f"--data {data} is none of the comparison's sets of questions: {', '.join(sets)}")
+    if sets and (data is not None or not run.scores):
+        run.data = data or sets[0]
+        label = f"{run.data}-cross_attention"
+        run.scores = _json(compared / f"scores-{label}.json", {}).get("scores", {})
+        run.predictions = _answered(compared / f"predictions-{label}.jsonl")
     return run
+
+
+def _answered(file: Path) -> list[dict[str, Any]]:
+    return [row for row in _lines(file) if "with_context" in row]
 
 
 def _json(file: Path, default: Any) -> Any:

@@ -29,6 +29,27 @@ def test_everything_is_read(run_folder):
         read_run(run_folder, run_folder)
 
 
+def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, tmp_path):
+    write(tmp_path, "exp_dict.json", {})
+    for data, em in (("one", 0.25), ("two", 0.5)):
+        write(tmp_path, f"scores-{data}-cross_attention.json", {"scores": {"with_context": {"em": em}}})
+        write_lines(tmp_path, f"predictions-{data}-cross_attention.jsonl", [{"id": data, "with_context": {}}])
+    write(tmp_path, "table.json", [{"system": "prompted", "data": data} for data in ("one", "two")])
+    for asked, data, em in ((None, "one", 0.25), ("one", "one", 0.25), ("two", "two", 0.5)):
+        files = read_run(tmp_path, tmp_path, asked)
+        assert (files.data, files.controls["with_context"]["em"]) == (data, em)
+        assert [row["id"] for row in files.predictions] == [data]
+    scored = read_run(run_folder, tmp_path)
+    assert (scored.data, len(scored.predictions)) == ("", 8)
+    assert read_run(run_folder, tmp_path, "two").data == "two"
+    with pytest.raises(
+        DsskError, match="--data three is none of the comparison's sets of questions: one, two"
+    ):
+        read_run(run_folder, tmp_path, "three")
+    with pytest.raises(DsskError, match="want --compare as well"):
+        read_run(run_folder, data="two")
+
+
 def test_what_is_absent_is_empty_and_a_log_may_be_torn(tmp_path):
     write(tmp_path, "exp_dict.json", {"a": 1})
     files = read_run(tmp_path)
