@@ -18,6 +18,7 @@ LEVELS = [
     ["encoder", "library"],
     ["answer"],
     ["evaluation"],
+    ["demo", "publish"],
     ["cli"],
     ["training"],
     ["jobs", "report"],
