@@ -14,7 +14,7 @@ from dssk.evaluation.metrics import exact_match
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 SCALE = 10_000  # weights are kept as whole numbers,
-KEPT = 48  # and at most so many for a token of an answer
+KEPT = 32  # and at most so many for a token of an answer
 
 Row = dict[str, Any]  # a line of predictions.jsonl
 
