@@ -133,6 +133,9 @@ def log_report(savedir: Path, page: Path, images: Sequence[Path]) -> None:
     import wandb
 
     where = {key: json.loads(file.read_text()).get(key) for key in ("entity", "project", "name")}
+    if where["project"] is None:
+        warn(f"the report is not logged to W&B: {file} does not say to which project")
+        return
     run = start_run(savedir, where)
     pictures = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}
     run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False), **pictures})

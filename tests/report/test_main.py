@@ -71,6 +71,8 @@ def test_the_report_is_added_to_the_wandb_run(run_folder, tmp_path, monkeypatch)
     write(tmp_path, "exp_dict.json", {"model_path": "base"})
     write_lines(tmp_path, "metrics.jsonl", [{"step": 1, "loss": 1.0}])
     command.main([str(tmp_path)])
+    write(tmp_path, "wandb.json", {"id": "abc"})  # of a run older than reports
+    command.main([str(tmp_path)])
     assert calls == []
     write(tmp_path, "wandb.json", {"id": "abc", "entity": "e", "project": "p", "name": None})
     command.main([str(tmp_path)])
