@@ -6,6 +6,7 @@ with the same settings.
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from dssk.models.base import load_base
 
 SETTINGS_FILE = "settings.json"
 # Found best of four rates on the toy; LoRA's adapters start small and bear more.
-LEARNING_RATES = {"lora": 1e-2, "full": 1e-3}
+LEARNING_RATES = {"lora": 1e-2, "full": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def _train(
     settings: FineTuning,
     folder: Path,
 ) -> None:
+    print(
+        f"{settings.method:5} {settings.steps} steps x {settings.batch_size} prompts, at {settings.learning_rate:g}"
+    )
     set_seed(settings.seed)
     model = load_base(base_path, revision, dtype=torch.float32).requires_grad_(True)
     positions = model.config.max_position_embeddings
@@ -179,4 +183,6 @@ def _peft() -> Any:
         raise DsskError(
             "lora_prompted needs peft: pip install 'dssk[compare]', or leave it out of --systems"
         ) from error
+    # peft asks for the old name of a property that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     return peft
