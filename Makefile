@@ -3,8 +3,9 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 DEMO := runs/demo
+TOY = $(DEMO)/seed-$(SEED)
 
-.PHONY: install demo lint test test-slurm test-launchers bench-model bench-data bench-train clean
+.PHONY: install demo compare lint test test-slurm test-launchers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -24,6 +25,13 @@ demo: install
 		--steps 800 --log_every 200
 	$(BIN)/python -m dssk.evaluation.evaluate --checkpoint $(DEMO)/seed-$(SEED)/runs \
 		--data_path $(DEMO)/seed-$(SEED)/processed_data/base --output $(DEMO)/scores.json
+
+# Cached contexts beside prompting, prefix caching and fine-tuned prompting on the demo's base, and a report of it all.
+compare: install
+	@ls $(TOY)/runs/*/final/dssk_manifest.json > /dev/null 2>&1 || $(MAKE) demo
+	$(BIN)/python -m dssk.evaluation.compare --checkpoint $(TOY)/runs --data_path $(TOY)/processed_data/base \
+		--seed $(SEED) --output runs/compare
+	$(BIN)/python -m dssk.report $(TOY)/runs --compare runs/compare --output runs/compare/report.html
 
 lint: install
 	$(BIN)/ruff check .
