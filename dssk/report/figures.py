@@ -151,6 +151,7 @@ def heat_map(weights, answer_tokens: Sequence[str], context_tokens: Sequence[str
         axes.imshow(weights, cmap="Oranges", vmin=0, aspect="auto")
         axes.set_xticks(range(len(context_tokens)), [_plain(t.strip()) for t in context_tokens], rotation=90)
         axes.set_yticks(range(len(answer_tokens)), [_plain(t.strip()) for t in answer_tokens])
+        axes.set_ylabel("answer")
     return figure
 
 

@@ -30,11 +30,10 @@ class RunFiles:
 
 
 def find_run(path: str | Path) -> Path:
-    """The run's folder for itself, for a folder in it, or for a folder that holds one run. Raises `DsskError`."""
-    folder = Path(path).resolve()
-    for candidate in (folder, folder.parent):
-        if (candidate / "exp_dict.json").is_file():
-            return candidate
+    """The run's folder, for itself or for a folder that holds this one run. Raises `DsskError` for any other."""
+    folder = Path(path)
+    if (folder / "exp_dict.json").is_file():
+        return folder
     runs = [file.parent for file in sorted(folder.glob("*/exp_dict.json"))]
     if len(runs) == 1:
         return runs[0]

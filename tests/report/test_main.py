@@ -50,6 +50,15 @@ def test_samples_are_shown_without_a_model_too(run_folder, tmp_path):
     assert "samples are shown without attention" in page
 
 
+def test_a_page_without_samples_is_fine(run_folder, tmp_path):
+    write(tmp_path, "exp_dict.json", {"model_path": "base"})
+    write_lines(tmp_path, "predictions.jsonl", read_run(run_folder).predictions)
+    command.main([str(tmp_path), "--samples", "0"])
+    page = (tmp_path / "report.html").read_text()
+    assert "No predictions yet" not in page
+    assert 'id="browser"' not in page
+
+
 def test_the_report_is_added_to_the_wandb_run(run_folder, tmp_path, monkeypatch):
     calls: list = []
 

@@ -5,14 +5,15 @@ from dssk.report.run_files import find_run, read_run
 from tests.report.conftest import CONTROLS, write, write_lines
 
 
-def test_a_run_is_found_by_its_folder_one_in_it_and_the_one_above(run_folder):
-    for path in (run_folder, run_folder / "final", run_folder.parent):
+def test_a_run_is_found_by_its_folder_and_the_one_above(run_folder):
+    for path in (run_folder, run_folder.parent):
         assert find_run(path) == run_folder
 
 
-def test_no_run_and_several_runs_are_said_so(tmp_path):
-    with pytest.raises(DsskError, match="no run at"):
-        find_run(tmp_path)
+def test_no_run_and_several_runs_are_said_so(run_folder, tmp_path):
+    for path in (tmp_path, tmp_path / "absent", run_folder / "final"):
+        with pytest.raises(DsskError, match="no run at"):
+            find_run(path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name, "exp_dict.json", {})
