@@ -45,6 +45,7 @@ def render(**parts: Any) -> str:
     script, css = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= FILTERS
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # weights are many
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(css=Markup(css), script=Markup(script), script_hash=script_hash, **parts)
