@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 30
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # As root there is no sandbox, in a container little shared memory; only this machine can be reached.
 FLAGS = (
@@ -39,7 +39,9 @@ def chromium() -> Iterator[object]:
     if executable is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=list(FLAGS), timeout=2 * TIMEOUT_SECONDS * 1000
+        )
         yield browser
         browser.close()
 
