@@ -1,7 +1,8 @@
 """What an answer costs: seconds to its first token, tokens a second after it, bytes kept for each context token.
 
-One question at a time, greedy. Encodings and KV caches lie in one safetensors file for each context and are read
-from it every time. Systems take turns and medians count, so that a busy machine is unfair to none.
+One question at a time, greedy, on a CPU with one thread: more of them make figures depend on what else the machine
+does. Encodings and KV caches lie in one safetensors file for each context and are read from it every time. Systems
+take turns and medians count, so that a busy machine is unfair to none.
 """
 
 import time
@@ -65,12 +66,17 @@ class Clock(BaseStreamer):
 def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
     """Medians over `prompts` of each system, which take turns; the first prompt warms up as well."""
     clocks: dict[str, list[Clock]] = {name: [] for name in systems}
-    for number, prompt in enumerate(tqdm([prompts[0], *prompts], desc="cost", disable=None)):
-        for name, generate in systems.items():
-            clock = Clock()
-            generate(prompt, clock)
-            if number:
-                clocks[name].append(clock)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number, prompt in enumerate(tqdm([prompts[0], *prompts], desc="cost", disable=None)):
+            for name, generate in systems.items():
+                clock = Clock()
+                generate(prompt, clock)
+                if number:
+                    clocks[name].append(clock)
+    finally:
+        torch.set_num_threads(threads)
     return {
         name: {
             "first_token_s": round(median(clock.first_token for clock in taken), 6),
