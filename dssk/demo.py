@@ -93,7 +93,7 @@ class Reader:
 
     def _prompted(self, question: str, context: Encoded, new_tokens: int) -> tuple[float, float] | None:
         """Seconds to the first and to the last of as many tokens of the base; None if the text does not fit into it."""
-        text = "".join(context.pieces) + "\n" + prompts.question(question)
+        text = "".join(context.pieces) + prompts.question_after_context(question)
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         if ids.shape[1] + new_tokens > self.model.config.max_position_embeddings:
             return None

@@ -18,7 +18,7 @@ LEVELS = [
     ["encoder", "library"],
     ["answer"],
     ["evaluation"],
-    ["demo", "publish"],
+    ["demo", "model_card", "publish"],
     ["cli"],
     ["training"],
     ["jobs", "report"],

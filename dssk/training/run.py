@@ -10,8 +10,6 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -24,7 +22,7 @@ from dssk.data import verify
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
 from dssk.data.store import Manifest, check_model, load_manifest, load_rows
-from dssk.errors import DamagedData, DsskError, EnvironmentFault, Preempted
+from dssk.errors import DamagedData, DsskError, Preempted
 from dssk.export import export
 from dssk.files import lock, make_folder, publish_json, remove_temps, size
 from dssk.flags import nearest
@@ -32,6 +30,7 @@ from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.publish import check_repository, publish
 from dssk.tokenizer import load_tokenizer
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
@@ -54,6 +53,8 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     quiet_libraries()
     data = check_inputs(cfg, run)
     check_wandb(run)
+    if run.push_to_hub:
+        check_repository(run.push_to_hub)
     if run.dry_run:
         print(estimate.report(cfg, run, exp_dict, data))
         return
@@ -241,20 +242,8 @@ def save_fused(trainer: CrossAttnTrainer, savedir: Path, run: RunArgs) -> None:
         made = [name for name in (FINAL, BEST) if (savedir / name).is_dir()]
         say(f"{savedir} ({', '.join([last.name, *made])})")
         if run.push_to_hub:
-            push(savedir / FINAL, run.push_to_hub)
+            say(publish(savedir, run.push_to_hub, data_path=run.data_path))
     trainer.accelerator.wait_for_everyone()
-
-
-def push(folder: Path, repository: str) -> None:
-    """Upload the fused model to the Hub."""
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise EnvironmentFault(f"{folder} is complete, but not uploaded to {repository}: {reason}") from error
-    say(f"https://huggingface.co/{repository}")
 
 
 def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:

@@ -15,6 +15,7 @@ from dssk.data.store import load_rows
 from dssk.errors import DamagedData, DsskError
 from dssk.models.modeling import is_cross_attn
 from dssk.training.run import train
+from tests import model_hub
 from tests.conftest import experiment, make_base
 from tests.training.conftest import command, logged, losses, runs_in, torchrun, weights
 
@@ -275,3 +276,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(launch, flags, message):
 
 def test_an_experiment_of_the_tests_is_valid(base_path):
     parse_experiment(experiment(base_path))
+
+
+def test_the_finished_model_is_pushed_to_the_hub(run, monkeypatch):
+    with model_hub.serve("hf_token") as hub:
+        hub.take_over(monkeypatch, "hf_token")
+        run("--steps", "1", "--push_to_hub", "someone/mill")
+        assert "model.safetensors" in hub.models["someone/mill"]
+        assert b"36 questions in train" in hub.models["someone/mill"]["README.md"]
+        assert not any("optimizer" in name for name in hub.models["someone/mill"])
+        assert hub.private["someone/mill"]
+        monkeypatch.setattr("dssk.publish.get_token", lambda: None)
+        monkeypatch.setattr("dssk.training.run.build_trainer", lambda *args: pytest.fail("it was trained"))
+        with pytest.raises(DsskError, match="set HF_TOKEN"):
+            run("--steps", "2", "--push_to_hub", "someone/mill")
