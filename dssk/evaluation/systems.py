@@ -12,6 +12,7 @@ from transformers import GPTBigCodeForCausalLM
 from dssk import prompts
 from dssk.checkpoint import MANIFEST, find_model, load_manifest, load_model
 from dssk.data.fingerprint import model_fingerprint
+from dssk.errors import DsskError
 from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, checkpoint_fingerprint
 from dssk.evaluation.finetune import LEARNING_RATES, FineTuning, fine_tuned
 from dssk.evaluation.heuristics import HeuristicSystem
@@ -38,6 +39,10 @@ class Systems:
         self.fused, self.tokenizer = load_model(self.folder)
         self.fused.to("cuda" if torch.cuda.is_available() else "cpu")
         self.config = self.fused.config
+        if not self.config.base_model_name_or_path:
+            raise DsskError(
+                f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
+            )
         self._plain: dict[str, tuple[GPTBigCodeForCausalLM, int]] = {}
 
     def model(self, system: str) -> GPTBigCodeForCausalLM:
