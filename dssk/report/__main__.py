@@ -160,7 +160,7 @@ def tiles(files: RunFiles, found: Evidence | None) -> list[dict[str, str]]:
     if "right_beats_wrong" in files.scores:
         tile(files.scores["right_beats_wrong"], "right context beats wrong", "by the answer's likelihood")
     if found:
-        tile(found.share, "attention on the answer", "best head")
+        tile(found.share, "attention on the answer", f"best head, {found.n:,} questions")
     return shown
 
 

@@ -1,9 +1,10 @@
 """The figures of a report: pure functions from numbers to matplotlib figures, and these as SVG and PNG."""
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def score_curve(metrics: Metrics) -> Figure | None:
     }
     figure = _curves(metrics, lines, "share of answers")
     if figure is not None:
-        figure.axes[0].set_ylim(-0.02, 1.02)
+        top = share_limit(line.get(key) for line in metrics for key in lines)
+        figure.axes[0].set_ylim(-0.02 * top, 1.02 * top)
     return figure
 
 
@@ -98,7 +100,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.plot([], [], marker="D", markersize=4, color=ORANGE, linestyle="none", label="F1")
         axes.set_yticks(range(len(rows)), [_plain(row["name"]) for row in rows])
         axes.invert_yaxis()
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, share_limit(row.get(key) for row in rows for key in ("em", "em_high", "f1")))
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper right", ncols=2)
     return figure
@@ -119,7 +121,10 @@ def by_length(controls: dict[str, Sequence[dict[str, Any]]]) -> Figure:
                 axes.fill_between(tokens, lows, highs, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("tokens of the context, middle of a bin")
         axes.set_ylabel("EM")
-        axes.set_ylim(-0.02, 1.02)
+        top = share_limit(
+            row.get(key) for rows in controls.values() for row in rows for key in ("em", "em_high")
+        )
+        axes.set_ylim(-0.02 * top, 1.02 * top)
         axes.legend()
     return figure
 
@@ -137,7 +142,7 @@ def by_class(controls: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         counts = next(iter(controls.values()))
         axes.set_xticks(range(len(classes)), [f"{_plain(c)}\nn = {counts[c]['n']}" for c in classes])
         axes.set_ylabel("EM")
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, share_limit(row.get("em") for rows in controls.values() for row in rows.values()))
         axes.grid(axis="x", visible=False)
         axes.legend()
     return figure
@@ -153,6 +158,12 @@ def heat_map(weights, answer_tokens: Sequence[str], context_tokens: Sequence[str
         axes.set_yticks(range(len(answer_tokens)), [_plain(t.strip()) for t in answer_tokens])
         axes.set_ylabel("answer")
     return figure
+
+
+def share_limit(shares: Iterable[float | None]) -> float:
+    """Where an axis of shares ends: at 1, or sooner if all are small."""
+    highest = max((share for share in shares if share is not None), default=1.0)
+    return min(1.0, max(1, math.ceil(11 * highest)) / 10)
 
 
 def _figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

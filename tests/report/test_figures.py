@@ -37,6 +37,13 @@ def test_names_are_shown_as_they_are():
     assert "a <b> & \"c\" $x 1$ 'd'" in texts
 
 
+@pytest.mark.parametrize(
+    ("shares", "limit"), [([0.96, None], 1.0), ([0.95], 1.0), ([0.31, 0.2], 0.4), ([0.0], 0.1), ([], 1.0)]
+)
+def test_axes_of_shares_end_where_the_shares_do(shares, limit):
+    assert figures.share_limit(shares) == limit
+
+
 def test_nothing_logged_is_no_figure():
     assert figures.loss_curve([]) is None
     assert figures.score_curve([{"step": 1, "loss": 2.0}]) is None
