@@ -38,7 +38,8 @@ def test_names_are_shown_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("shares", "limit"), [([0.96, None], 1.0), ([0.95], 1.0), ([0.31, 0.2], 0.4), ([0.0], 0.1), ([], 1.0)]
+    ("shares", "limit"),
+    [([0.96, None], 1.0), ([0.95], 1.0), ([0.31, 0.2], 0.4), ([0.4], 0.5), ([0.0], 0.1), ([], 1.0)],
 )
 def test_axes_of_shares_end_where_the_shares_do(shares, limit):
     assert figures.share_limit(shares) == limit
