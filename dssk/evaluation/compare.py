@@ -20,7 +20,7 @@ from dssk.data.ranks import Ranks
 from dssk.errors import DsskError, run
 from dssk.evaluation import cost
 from dssk.evaluation.evaluate import CONTROLS
-from dssk.evaluation.finetune import LEARNING_RATES
+from dssk.evaluation.finetune import RATE_FACTORS
 from dssk.evaluation.generate import MAX_NEW_TOKENS
 from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.prompted import cache_bytes_per_token, make_prompt
@@ -203,7 +203,7 @@ def main() -> None:
     training.add_argument(
         "--learning_rate",
         type=float,
-        help=f"at its peak (LoRA {LEARNING_RATES['lora']}, whole {LEARNING_RATES['full']})",
+        help=f"at its peak (LoRA {RATE_FACTORS['lora']:g}, whole {RATE_FACTORS['full']:g} times the checkpoint's)",
     )
     training.add_argument("--lora_rank", type=positive_int, default=16, help="(%(default)s)")
     training.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")

@@ -14,7 +14,7 @@ from dssk.checkpoint import MANIFEST, find_model, load_manifest, load_model
 from dssk.data.fingerprint import model_fingerprint
 from dssk.errors import DsskError
 from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, checkpoint_fingerprint
-from dssk.evaluation.finetune import LEARNING_RATES, FineTuning, fine_tuned
+from dssk.evaluation.finetune import RATE_FACTORS, FineTuning, fine_tuned
 from dssk.evaluation.heuristics import HeuristicSystem
 from dssk.evaluation.predictions import System
 from dssk.evaluation.prompted import PrefixCachedSystem, PromptedSystem
@@ -91,7 +91,7 @@ class Systems:
             loss_on=experiment.get("loss_on", "all"),
             steps=args.steps or experiment.get("step") or 1000,
             batch_size=args.batch_size or rows,
-            learning_rate=args.learning_rate or LEARNING_RATES[method],
+            learning_rate=args.learning_rate or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
             lora_rank=args.lora_rank,
             seed=args.seed,
         )
