@@ -20,13 +20,6 @@ def test_the_page_lies_beside_its_figures_and_the_measured_attention(report, run
     assert f"{100 * found['share']:.1f}" in report.read_text()
 
 
-def test_costs_are_compared_with_prompting(run_folder):
-    costs = command.measured_costs(read_run(run_folder, run_folder / "compare"))
-    (own, prompted), (larger,) = costs.values()
-    assert (own["system"], own["sooner"], prompted["sooner"]) == ("cross_attention", 25.0, 1.0)
-    assert larger["sooner"] is None
-
-
 def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, tmp_path, capsys):
     write(tmp_path, "exp_dict.json", experiment(base_path))
     command.main([str(tmp_path)])
