@@ -206,14 +206,14 @@ def seconds_table(answered: Answered) -> str:
     """What the answer took, in Markdown."""
     first, last = answered.first_token_seconds, answered.seconds
     lines = [
-        "| seconds, one run | first token | answer |",
+        "| seconds | first token | answer |",
         "|---|---|---|",
-        f"| from the encoding | {first:.3f} | {last:.3f} |",
+        f"| from encoding | {first:.3f} | {last:.3f} |",
     ]
     if answered.prompted_seconds is None:
-        return "\n".join([*lines, "| base, text in its prompt | does not fit | |"])
+        return "\n".join([*lines, "| base, prompted | the text does not fit | |"])
     first, last = answered.prompted_seconds
-    return "\n".join([*lines, f"| base, text in its prompt | {first:.3f} | {last:.3f} |"])
+    return "\n".join([*lines, f"| base, prompted | {first:.3f} | {last:.3f} |"])
 
 
 def highlight(context: Encoded, answered: Answered) -> str:
@@ -229,16 +229,10 @@ def highlight(context: Encoded, answered: Answered) -> str:
 
 def launch(page: Any, host: str, port: int, block: bool = True) -> str:
     """Serve the page and say where; returns that address, when it ends if `block`."""
-    gr = import_gradio()
-    fonts = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["ui-monospace", "monospace"],
-    }  # none is fetched
     try:
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
-            theme=gr.themes.Default(**fonts),
             share=False,
             ssr_mode=False,
             quiet=True,

@@ -41,7 +41,7 @@ def test_a_long_text_is_cut_and_said_to_be(reader):
     assert "the first 256 of 308 tokens" in demo.describe(context, reader.model)
     answered = reader.answer(QUESTION, context)
     assert answered.prompted_seconds is None
-    assert "does not fit" in demo.seconds_table(answered)
+    assert "the text does not fit" in demo.seconds_table(answered)
 
 
 def test_an_answer_comes_with_its_attention_and_its_times(reader):
@@ -60,14 +60,17 @@ def test_both_ways_generate_as_many_tokens(reader, monkeypatch):
 
     def counted(ids, **kwargs):
         output = generate(ids, **kwargs)
-        new_tokens.append((kwargs.get("context") is not None, output.shape[1] - ids.shape[1]))
+        new_tokens.append(
+            (output.shape[1] - ids.shape[1], kwargs.get("context"), kwargs.get("min_new_tokens"))
+        )
         return output
 
     monkeypatch.setattr(reader.model, "generate", counted)
     reader.answer(QUESTION, reader.encode(TEXT))
-    (cached, tokens), (prompted, as_many) = new_tokens
-    assert (cached, prompted) == (True, False)
-    assert tokens == as_many
+    (cached, context, _), (prompted, none, at_least) = new_tokens
+    assert cached == prompted == at_least
+    assert context is not None
+    assert none is None
 
 
 def test_the_more_attended_to_is_darker_and_nothing_is_markup(reader):
