@@ -62,6 +62,7 @@ def test_controls_change_what_they_say_and_nothing_else(checkpoint, store_path):
         assert answer["wrong_context"][1] != pytest.approx(answer["with_context"][1], abs=1e-4)
     others = trials("other_question", questions)
     for row, trial in enumerate(others):
+        assert trial.question != row == trial.context
         assert questions.rows[trial.question].context == questions.rows[row].context
         assert answers[row]["other_question"][0] == answers[trial.question]["with_context"][0]
 
