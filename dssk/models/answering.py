@@ -50,26 +50,23 @@ def answer(
         **generate,
     }
     prompt_ids = _tokenize(model, tokenizer, questions, settings["max_new_tokens"])
-    if isinstance(contexts, ProjectedContext):
-        states: list[list[torch.Tensor]] = [[] for _ in questions]
-    else:
-        states = _states(model, tokenizer, _per_question(contexts, len(questions)), batch_size)
+    projected = contexts if isinstance(contexts, ProjectedContext) else None
+    per_question = _per_question(None if projected else contexts, len(questions))
+    states = _states(model, tokenizer, per_question, batch_size)
+    groups = _groups(states)
     answers = [""] * len(questions)
     bar = tqdm(
         total=len(questions), desc="answering", unit="question", disable=None if show_progress else True
     )
     with bar:
-        for rows in _batches(states, [len(ids) for ids in prompt_ids], batch_size):
+        for rows in _batches(states, groups, [len(ids) for ids in prompt_ids], batch_size):
+            distinct = rows[:1] if len({groups[row] for row in rows}) == 1 else rows
+            context = projected or _project(model, [states[row] for row in distinct])
             inputs = [torch.tensor(prompt_ids[row]) for row in rows]
             padded = pad_sequence(inputs, True, tokenizer.pad_token_id, "left")  # (B, T)
             mask = pad_sequence([torch.ones_like(ids) for ids in inputs], True, 0, "left")
             output = model.generate(
-                padded.to(model.device),
-                attention_mask=mask.to(model.device),
-                context=contexts
-                if isinstance(contexts, ProjectedContext)
-                else _project(model, [states[row] for row in rows]),
-                **settings,
+                padded.to(model.device), attention_mask=mask.to(model.device), context=context, **settings
             )
             new = tokenizer.batch_decode(output[:, padded.shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, new, strict=True):
@@ -143,37 +140,34 @@ def _states(
     return [[encoded[c] if isinstance(c, str) else c for c in several] for several in contexts]
 
 
+def _groups(states: list[list[torch.Tensor]]) -> list[int]:
+    """For each question a number that only those with the very same contexts share."""
+    numbers: dict[tuple, int] = {}
+    return [
+        numbers.setdefault(tuple((s.data_ptr(), len(s)) for s in several), len(numbers)) for several in states
+    ]
+
+
 def _batches(
-    states: list[list[torch.Tensor]], prompt_tokens: Sequence[int], batch_size: int
+    states: list[list[torch.Tensor]], groups: Sequence[int], prompt_tokens: Sequence[int], batch_size: int
 ) -> Iterator[list[int]]:
     """Row numbers, at most `batch_size` at a time: longest contexts first, those of one context together.
 
     Rows with and without a context are never in one batch: without any, the model is the base.
     """
-    lengths = [sum(map(len, several)) for several in states]
-    order = sorted(range(len(states)), key=lambda i: (-lengths[i], _key(states[i]), -prompt_tokens[i]))
-    while order:
-        size = next((n for n, i in enumerate(order[:batch_size]) if not lengths[i]), len(order[:batch_size]))
-        size = size or batch_size
-        yield order[:size]
-        order = order[size:]
-
-
-def _key(states: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """Equal for the same contexts."""
-    return [(s.data_ptr(), len(s)) for s in states]
+    tokens = [sum(map(len, several)) for several in states]
+    order = sorted(range(len(states)), key=lambda i: (-tokens[i], groups[i], -prompt_tokens[i]))
+    without = sum(count == 0 for count in tokens)
+    for part in (order[: len(order) - without], order[len(order) - without :]):
+        yield from (part[start : start + batch_size] for start in range(0, len(part), batch_size))
 
 
 def _project(
     model: "CrossAttnGPTBigCodeForCausalLM", states: list[list[torch.Tensor]]
 ) -> ProjectedContext | None:
-    """The projected contexts of a batch: one if all rows share it, none if they have none."""
+    """Contexts joined and projected: one for all rows of a batch, or one each; None if there are none."""
     if not states[0]:
         return None
-    if all(_key(several) == _key(states[0]) for several in states):
-        states = states[:1]
     joined = [torch.cat([s.to(model.device) for s in several]) for several in states]
-    mask = pad_sequence(
-        [torch.ones(len(s), dtype=torch.bool, device=model.device) for s in joined], batch_first=True
-    )
-    return model.project_context(pad_sequence(joined, batch_first=True), mask)
+    mask = [torch.ones(len(s), dtype=torch.bool, device=model.device) for s in joined]
+    return model.project_context(pad_sequence(joined, batch_first=True), pad_sequence(mask, batch_first=True))
