@@ -3,7 +3,7 @@ import torch
 
 from dssk import prompts
 from dssk.data.store import load_rows
-from dssk.evaluation.generate import answer_nll, generate_answers
+from dssk.evaluation.generate import answer_nll, generate_answers, generate_batch
 from dssk.tokenizer import load_tokenizer
 from tests.conftest import fused
 
@@ -56,3 +56,15 @@ def test_the_likelihood_is_that_of_the_answers_tokens_alone(base_path, tokenizer
         with torch.no_grad():
             expected = model(torch.cat([prompt, target], 1), labels=labels, **states).loss
         assert loss == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_an_answer_is_the_first_line(tokenizer):
+    class Talkative:
+        device = "cpu"
+
+        def generate(self, input_ids, **kwargs):
+            return torch.cat(
+                [input_ids, tokenizer(" Ann \nquestion: and", return_tensors="pt")["input_ids"]], 1
+            )
+
+    assert generate_batch(Talkative(), tokenizer, [[5, 6]], 8) == ["Ann"]
