@@ -1,4 +1,4 @@
-"""A library of encoded contexts that grows: `python -m dssk.library DIR add|list|search|remove`.
+"""A library of encoded contexts that grows: `python -m dssk.library DIR add|list|search|remove|verify`.
 
     library.json        which model encodes, and which segments count: written last, so that a change is whole or absent
     contexts-*.arrow    segments: id, title, number, truncated, context, n_tokens, encoder_hidden_states [, scale]
@@ -34,6 +34,7 @@ MANIFEST = "library.json"
 SEGMENT_BYTES = 256_000_000  # a full segment: removing a context writes its segment again
 SMALL_BYTES = 16_000_000  # a smaller one is joined with what is added next, so that there are never many
 
+REMEDY = "begin the library anew"
 WORD = r"\w+"  # by default bm25s leaves out words of one character, such as digits
 
 
@@ -165,6 +166,16 @@ class ContextLibrary:
         index.index(words, show_progress=False)
         return index
 
+    def verify(self) -> None:
+        """Read all that is kept. Raises `DamagedData` that names the first segment that is not as it was written."""
+        if self.read_only:
+            raise DsskError(
+                f"{self.path} is the store of a data set: run `python -m dssk.data.verify {self.path}`"
+            )
+        for segment in self.manifest.segments:
+            if files.xxh3_128(self.path / segment.name) != segment.xxh3_128:
+                raise DamagedData(f"{self.path / segment.name} is damaged, its checksum is another: {REMEDY}")
+
     def _find(self, id: str) -> tuple[store.Shard, int]:
         if id not in self._rows:
             raise DsskError(f"no context {id!r} in {self.path}{nearest(str(id), self._rows)}")
@@ -196,9 +207,7 @@ class ContextLibrary:
         for segment in self.manifest.segments:
             path = self.path / segment.name
             if path.stat().st_size != segment.num_bytes:
-                raise DamagedData(
-                    f"{path} is damaged, it is not {segment.num_bytes} bytes: begin the library anew"
-                )
+                raise DamagedData(f"{path} is damaged, it is not {segment.num_bytes} bytes: {REMEDY}")
             self._shards[segment.name] = _map(path, self.manifest)
 
     # --- writing -----------------------------------------------------------------------------------------------
@@ -324,9 +333,14 @@ def content_id(text: str) -> str:
 def load_manifest(path: Path) -> Manifest:
     """Read `library.json`. Raises `DamagedData` if it cannot be understood."""
     try:
-        return Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
     except ValueError as error:
-        raise DamagedData(f"{path / MANIFEST} is damaged: begin the library anew") from error
+        raise DamagedData(f"{path / MANIFEST} is damaged: {REMEDY}") from error
+    if manifest.format_version != store.FORMAT_VERSION:
+        raise DsskError(
+            f"{path} has format version {manifest.format_version}, this dssk reads {store.FORMAT_VERSION}: {REMEDY}"
+        )
+    return manifest
 
 
 def _open_store(path: Path) -> tuple[Any, list[store.Shard]]:
@@ -354,7 +368,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "library", metavar="DIR", help="folder of the library, or a store made by preproc_nq.py"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="add|list|search|remove")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="add|list|search|remove|verify")
 
     add = commands.add_parser("add", help="encode contexts and keep them")
     add.add_argument(
@@ -384,6 +398,8 @@ def build_parser() -> Parser:
 
     remove = commands.add_parser("remove", help="forget contexts and free their space")
     remove.add_argument("ids", metavar="ID", nargs="+")
+
+    commands.add_parser("verify", help="check every byte")
     return parser
 
 
@@ -410,8 +426,11 @@ def main() -> None:
     elif args.command == "search":
         for hit in library.search(args.question, args.k):
             print(f"{hit.score:6.2f}  {describe(library.get(hit.id))}")
-    else:
+    elif args.command == "remove":
         library.remove(args.ids)
+    else:
+        library.verify()
+        print(f"{args.library}: {len(library)} contexts are as they were written")
 
 
 def describe(context: Context) -> str:

@@ -208,9 +208,25 @@ def test_damage_is_found_when_it_is_opened(filled):
         file.truncate(segment.stat().st_size - 1)
     with pytest.raises(DamagedData, match=segment.name):
         ContextLibrary(filled.path)
-    (filled.path / "library.json").write_text("{}")
+    manifest = filled.path / "library.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(DsskError, match="has format version 2, this dssk reads 1"):
+        ContextLibrary(filled.path)
+    manifest.write_text("{}")
     with pytest.raises(DamagedData, match="library.json"):
         ContextLibrary(filled.path)
+
+
+def test_a_changed_byte_is_found_by_verifying(filled, store_path):
+    filled.verify()
+    (segment,) = filled.path.glob("*.arrow")
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    with pytest.raises(DamagedData, match=f"{segment.name} is damaged, its checksum is another"):
+        ContextLibrary(filled.path).verify()
+    with pytest.raises(DsskError, match="dssk.data.verify"):
+        ContextLibrary(store_path).verify()
 
 
 def test_only_one_writes_at_a_time_and_nobody_else_s_work_is_lost(filled):
@@ -304,6 +320,7 @@ def test_the_command(base_path, tmp_path, command):
     assert "7\t" in command(folder, "search", "aston", "--k", "1")
     assert command(folder, "remove", "7") == ""
     assert "Aston" not in command(folder, "list")
+    assert "2 contexts are as they were written" in command(folder, "verify")
     assert "cannot read" in command(folder, "add", tmp_path / "no.txt", code=2)
     more.write_text('{"context": "fine"}\n{"text": "x"}\n')
     assert 'more.jsonl:2: want {"context": text}' in command(folder, "add", more, code=2)
