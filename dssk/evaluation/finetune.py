@@ -35,7 +35,7 @@ from dssk.evaluation.questions import Question
 from dssk.models.base import load_base
 
 SETTINGS_FILE = "settings.json"
-# Multiples of the rate that the blocks were trained at, the best of four on the toy.
+# Multiples of the rate that the blocks were trained at; the best of those tried on the toy.
 RATE_FACTORS = {"lora": 2.0, "full": 0.5}
 
 
