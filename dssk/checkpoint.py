@@ -227,6 +227,11 @@ def load_model(path: str | Path, **kwargs):
         model = CrossAttnGPTBigCodeForCausalLM.from_pretrained(folder, **kwargs)
     except (ValueError, KeyError) as error:
         raise DsskError(f"{folder}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise DsskError(
+            f"cannot load {folder} or the base it names: {str(error).splitlines()[0]} (python -m dssk.export fuses it "
+            "with a base that has moved)"
+        ) from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise DamagedData(f"{folder}: the weights are damaged ({error})") from error

@@ -78,6 +78,8 @@ def prepare(
     if what == CROSS_ATTENTION and not (base_model or hub_name(base)):
         raise DsskError(f"the base is {base}, nobody else has it: pass --base_model with its name on the Hub")
     model.config.base_model_name_or_path = base_model or hub_name(base)
+    if base_model:
+        model.config.base_model_revision = None
     require_free(folder, sum(p.nbytes for p in model.parameters()), "what is to be uploaded")
     with machine_faults(folder):
         model.save_pretrained(folder, cross_attn_only=what == CROSS_ATTENTION)

@@ -238,6 +238,20 @@ def test_contexts_of_another_model_are_refused(command, store_path, tmp_path):
     assert command("--library", store_path, "--question", "who built mill 3", "--max_new_tokens", 4)
 
 
+def test_a_checkpoint_whose_base_is_gone_is_one_line(model, tokenizer, tmp_path, monkeypatch, capsys):
+    model.save_pretrained(tmp_path, cross_attn_only=True)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(
+        sys, "argv", ["answer", "--checkpoint", str(tmp_path), "--question", "x", "--context", __file__]
+    )
+    assert run(answer.main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "or the base it names" in line
+
+
 @pytest.mark.slow
 def test_someone_at_a_terminal_is_asked_and_sees_the_answer_come(checkpoint, library, model, tokenizer):
     words = [
