@@ -85,9 +85,9 @@ class CrossAttentionSystem:
         prompted = [question_tokens(self.tokenizer, asked[trial.question].question) for trial in chosen]
         targets = [answer_tokens(self.tokenizer, asked[row].answers[0]) for row in rows]
         context = context_batch(self.model, self._states(rows, chosen))
-        if context:  # projected once for both
-            context = {"context": self.model.project_context(*context.values())}
         with torch.no_grad():
+            if context:  # projected once for both
+                context = {"context": self.model.project_context(**context)}
             texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)
             losses = nll_batch(self.model, self.tokenizer, prompted, targets, **context)
         return list(zip(texts, losses, strict=True))

@@ -46,6 +46,7 @@ def answer_all(
     mine = missing[ranks.rank :: ranks.size]
     count = sum(map(len, mine))
     with (
+        files.machine_faults(path),
         open(_partial(path, ranks.rank), "a", encoding="utf-8") as file,
         tqdm(total=count, desc=path.stem, unit="question", disable=None if ranks.rank == 0 else True) as bar,
     ):
