@@ -1,6 +1,7 @@
 """Answers without any model: what a gain over guessing has to beat.
 
-An entity is a run of words that begin with a capital letter or a digit.
+An entity is a run of words that begin with a capital letter or a digit. HTML tags, which some data sets leave in
+their contexts, are no words.
 """
 
 import re
@@ -12,6 +13,7 @@ from dssk.evaluation.metrics import normalize
 from dssk.evaluation.predictions import Answers
 from dssk.evaluation.questions import Question, QuestionSet
 
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\w+(?:[-'’.,]\w+)*|[^\w\s]")
 # Capitalized at the head of a sentence only, and in too many questions to tell sentences apart.
@@ -44,7 +46,7 @@ def random_entity(asked: Question, seed: int) -> str:
 def overlap(asked: Question, seed: int) -> str:
     """The first entity of the best sentence that names one which the question does not."""
     words = _content_words(asked.question)
-    sentences = _SENTENCE_END.split(asked.context)
+    sentences = _SENTENCE_END.split(_without_tags(asked.context))
     for sentence in sorted(sentences, key=lambda s: -len(words & _content_words(s))):
         for entity in entities(sentence):
             if not _content_words(entity) <= words:
@@ -55,12 +57,16 @@ def overlap(asked: Question, seed: int) -> str:
 def entities(text: str) -> list[str]:
     """Every entity of a text, in order."""
     found: list[list[str]] = [[]]
-    for word in _WORD.findall(text):
+    for word in _WORD.findall(_without_tags(text)):
         if (word[0].isupper() or word[0].isdigit()) and not (not found[-1] and word.lower() in _SKIPPED):
             found[-1].append(word)
         elif found[-1]:
             found.append([])
     return [" ".join(words) for words in found if words]
+
+
+def _without_tags(text: str) -> str:
+    return _TAG.sub(" | ", text)  # what a tag divides is not one entity
 
 
 def _content_words(text: str) -> set[str]:

@@ -19,6 +19,7 @@ def ask(question, context=TEXT):
         (TEXT, ["Amber Falls", "Hugo Marsh", "1695", "Ann O'Neil"]),
         ("In 1,776 men of the United States Navy.", ["1,776", "United States Navy"]),
         ("nothing here, at all", []),
+        ('<Table> <Th colspan="2"> Grey </Th> <Td> Sandra Oh </Td> 3 < 4', ["Grey", "Sandra Oh", "3", "4"]),
     ],
 )
 def test_entities_are_runs_of_capitalized_words_and_numbers(text, expected):
