@@ -120,7 +120,10 @@ def test_what_cannot_be_answered_is_said(model, tokenizer):
         model.answer("x" * 224, TEXTS[0], tokenizer)
     with pytest.raises(ValueError, match="got 2 questions and contexts for 3"):
         model.answer(QUESTIONS[:2], TEXTS, tokenizer)
+    with pytest.raises(ValueError, match="one answer a question"):
+        model.answer(QUESTIONS[0], TEXTS[0], tokenizer, num_return_sequences=2, num_beams=2)
     assert model.answer([], [], tokenizer) == []
+    assert model.answer(QUESTIONS[0], TEXTS[0], tokenizer, num_beams=3)
     assert model.answer(QUESTIONS[0], "long " * 100, tokenizer)  # cut to the model's positions
 
 

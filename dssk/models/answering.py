@@ -49,6 +49,8 @@ def answer(
         "eos_token_id": tokenizer.eos_token_id,
         **generate,
     }
+    if settings.get("num_return_sequences", 1) != 1:
+        raise ValueError("answer gives one answer a question: use generate for num_return_sequences")
     prompt_ids = _tokenize(model, tokenizer, questions, settings["max_new_tokens"])
     projected = contexts if isinstance(contexts, ProjectedContext) else None
     per_question = _per_question(None if projected else contexts, len(questions))
