@@ -28,7 +28,7 @@ from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 PORT = 7860
 BF16_BYTES = 2
-SESSION_SECONDS = 3600  # that a context is kept for its visitor
+VISIT_SECONDS = 3600  # that a context is kept for its visitor
 WARM_UP = "What comes first is slow: it allocates, and picks kernels."
 
 
@@ -157,7 +157,7 @@ def build_page(reader: Reader) -> Any:
         return context, size_line, answered.text, seconds_table(answered), highlight(context, answered)
 
     with gr.Blocks(title="dssk", analytics_enabled=False) as page:
-        context = gr.State(None, time_to_live=SESSION_SECONDS)
+        context = gr.State(None, time_to_live=VISIT_SECONDS)
         gr.Markdown("# Ask a text\nIt is encoded once. Every question is answered from the encoding alone.")
         with gr.Row():
             with gr.Column():
