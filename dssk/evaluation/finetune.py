@@ -6,6 +6,7 @@ with the same settings.
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +88,8 @@ def _train(
     folder: Path,
 ) -> None:
     print(
-        f"{settings.method:5} {settings.steps} steps x {settings.batch_size} prompts, at {settings.learning_rate:g}"
+        f"{settings.method:5} {settings.steps} steps x {settings.batch_size} prompts, at {settings.learning_rate:g}",
+        flush=True,
     )
     set_seed(settings.seed)
     model = load_base(base_path, revision, dtype=torch.float32).requires_grad_(True)
@@ -174,6 +176,7 @@ class _Progress(TrainerCallback):
         if logs and "loss" in logs:
             line = f"{self.name:5} step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}"
             tqdm.write(line)
+            sys.stdout.flush()  # into a log as well
 
 
 def _peft() -> Any:
