@@ -219,15 +219,19 @@ def training_models(folder: Path, layout: str):
 def training_flops(model) -> float:
     """Floating-point operations of one of our training steps: products of matrices, forward and backward.
 
-    Frozen layers have no weight gradient, those below the lowest block no backward pass at all.
+    Frozen layers have no weight gradient, those below the lowest block no backward pass at all. In the last layer the
+    MLP, and the block after it, see labelled positions alone.
     """
     config = model.config
     d, tokens_, contexts = config.n_embd, TRAIN_ROWS * TRAIN_TOKENS, TRAIN_ROWS * TRAIN_CONTEXT
     width = config.cross_attn_hidden_size
     kv = 2 * (d // config.n_head if config.multi_query else d)
-    layer = 2 * tokens_ * (d * (d + kv) + d * d + 8 * d * d) + 4 * tokens_ * TRAIN_TOKENS * d
+    unlabelled = 1 - TRAIN_LABELS / TRAIN_TOKENS
+    mlp = 2 * tokens_ * 8 * d * d
+    layer = 2 * tokens_ * (d * (d + kv) + d * d) + mlp + 4 * tokens_ * TRAIN_TOKENS * d
     layers_with_backward = config.n_layer - min(config.cross_attn_layers) - config.cross_attn_final_layer
-    positions, distinct = config.num_cross_attn_layers, len(model.transformer.cross_attn)
+    distinct = len(model.transformer.cross_attn)
+    positions = config.num_cross_attn_layers - (unlabelled if config.cross_attn_final_layer else 0)
     kv_width = width // config.cross_attn_num_attention_heads * config.cross_attn_num_key_value_heads
     attention = 4 * tokens_ * TRAIN_CONTEXT * width  # scores and weighted values
     projections = 2 * contexts * d * 2 * kv_width  # keys and values: no gradient with respect to the states
@@ -235,6 +239,7 @@ def training_flops(model) -> float:
     head = 2 * TRAIN_ROWS * TRAIN_LABELS * d * config.vocab_size
     return (
         layer * (config.n_layer + layers_with_backward)
+        - 2 * unlabelled * mlp
         + 2 * distinct * projections
         + 3 * positions * (block + attention)
         + 2 * head

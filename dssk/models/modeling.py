@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeBlock
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeBlock, GPTBigCodeMLP
 from transformers.utils import cached_file
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -46,6 +46,30 @@ def is_cross_attn(name: str) -> bool:
     return "cross_attn." in name
 
 
+class SparseMLP(GPTBigCodeMLP):
+    """The MLP of the last decoder layer, which can leave out positions that nothing above looks at."""
+
+    def __init__(self, intermediate_size: int, config: CrossAttnGPTBigCodeConfig):
+        super().__init__(intermediate_size, config)
+        self._needed: torch.Tensor | None = None
+
+    @contextmanager
+    def only(self, needed: torch.Tensor) -> Iterator[None]:
+        """Inside, compute the positions `needed` (B, N) alone; the others are zero."""
+        self._needed = needed
+        try:
+            yield
+        finally:
+            self._needed = None
+
+    def forward(self, hidden_states):
+        if self._needed is None:
+            return super().forward(hidden_states)
+        index = self._needed[..., None].expand(-1, -1, hidden_states.shape[-1])
+        picked = super().forward(hidden_states.gather(1, index))
+        return picked.new_zeros(hidden_states.shape).scatter(1, index, picked)  # autocast changes the type
+
+
 class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
     """A decoder block that reads the context before (or after) its own work."""
 
@@ -58,6 +82,8 @@ class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
         self._index = index
         self._final = config.cross_attn_final_layer
         self._last = layer_idx == config.n_layer - 1
+        if self._last:
+            self.mlp = SparseMLP(self.inner_dim, config)
 
     def __call__(self, hidden_states, *args, context: ProjectedContext | None = None, needed=None, **kwargs):
         """Hand keys and values on as positional arguments: reentrant checkpointing tracks gradients only of those."""
@@ -72,15 +98,24 @@ class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
         if values is None:
             return super().forward(hidden_states, **kwargs)
         (cross_attn,) = self._cross_attn
+        if not self._last:
+            needed = None
         if not self._final:
-            return super().forward(cross_attn(hidden_states, keys, values, context_mask), **kwargs)
-        hidden_states = super().forward(hidden_states, **kwargs)
-        if needed is None or not self._last:
+            return self._decode(cross_attn(hidden_states, keys, values, context_mask), needed, **kwargs)
+        hidden_states = self._decode(hidden_states, needed, **kwargs)
+        if needed is None:
             return cross_attn(hidden_states, keys, values, context_mask)
         # Nothing above looks at other positions: only those that the loss reads need to pass the block.
         index = needed[..., None].expand(-1, -1, hidden_states.shape[-1])
         picked = cross_attn(hidden_states.gather(1, index), keys, values, context_mask)
         return hidden_states.scatter(1, index, picked)
+
+    def _decode(self, hidden_states, needed, **kwargs):
+        """The decoder's own layer; the MLP only where a position is needed."""
+        if needed is None:
+            return super().forward(hidden_states, **kwargs)
+        with self.mlp.only(needed):
+            return super().forward(hidden_states, **kwargs)
 
 
 class CrossAttnGPTBigCodeModel(GPTBigCodeModel):
@@ -356,7 +391,7 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
         if labels is None:
             return super().forward(input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
         skip_logits = self.training if skip_logits is None else skip_logits
-        if skip_logits and context is not None and self.config.cross_attn_final_layer:
+        if skip_logits and context is not None:
             inputs["needed"] = labelled_positions(labels)
         outputs = self.transformer(input_ids, use_cache=bool(use_cache) and not self.training, **inputs)
         hidden_states = outputs.last_hidden_state

@@ -136,6 +136,22 @@ def test_leaving_out_positions_without_a_label_changes_neither_loss_nor_gradient
     torch.testing.assert_close(found[True], found[False])
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_the_last_mlp_and_the_block_after_it_see_labelled_positions_alone(base_path, tokens, final):
+    model, ids = fused(base_path, cross_attn_final_layer=final).train(), tokens(3, 11)
+    labels = ids.clone()
+    labels[:, :8] = -100
+    seen = {}
+    last = model.transformer.h[-1]
+    last.mlp.c_fc.register_forward_hook(lambda m, args, out: seen.__setitem__("mlp", out.shape[1]))
+    (block,) = last._cross_attn
+    block.register_forward_hook(lambda m, args, out: seen.__setitem__("block", out.shape[1]))
+    model(ids, labels=labels, **context(model, tokens, rows=3))
+    assert seen == {"mlp": 3, "block": 3 if final else 11}
+    model(ids, labels=labels, skip_logits=False, **context(model, tokens, rows=3))
+    assert seen == {"mlp": 11, "block": 11}
+
+
 def test_nothing_below_the_lowest_block_is_kept_for_the_backward_pass(base_path, tokens):
     model, ids = fused(base_path, num_cross_attn_layers=1).train(), tokens(2, 11)
     seen = {}
