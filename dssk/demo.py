@@ -23,11 +23,11 @@ from dssk.evaluation.attention import attend, token_texts
 from dssk.files import size
 from dssk.flags import Parser, positive_int
 from dssk.models.answering import encode_texts, tokenize_context
+from dssk.models.base import kv_cache_values
 from dssk.models.cross_attention import ProjectedContext
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 PORT = 7860
-BF16_BYTES = 2
 VISIT_SECONDS = 3600  # that a context is kept for its visitor
 WARM_UP = "What comes first is slow: it allocates, and picks kernels."
 
@@ -192,9 +192,8 @@ def describe(context: Encoded, model: CrossAttnGPTBigCodeForCausalLM) -> str:
     read = (
         f"{tokens} tokens" if tokens == context.tokens else f"the first {tokens} of {context.tokens} tokens"
     )
-    key_value_width = config.n_embd // config.n_head if config.multi_query else config.n_embd
     kept, cache = (
-        tokens * width * BF16_BYTES for width in (config.n_embd, 2 * config.n_layer * key_value_width)
+        tokens * values * torch.bfloat16.itemsize for values in (config.n_embd, kv_cache_values(config))
     )
     return (
         f"Encoded {read} in {context.seconds:.3f} s: {size(kept)} to keep in bfloat16; "

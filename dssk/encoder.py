@@ -13,6 +13,7 @@ from dssk.data import store
 from dssk.data.encode import Batch, Encoder, batch_slices, one_thread
 from dssk.data.fingerprint import model_fingerprint, tokenizer_hash
 from dssk.errors import DsskError
+from dssk.models.answering import tokenize_context
 from dssk.models.base import load_base, load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.tokenizer import load_tokenizer
@@ -65,9 +66,7 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, pa.Array]]]:
         """Batches of about equal length, longest first: row numbers, and the columns of a segment that we make."""
         schema = store.context_features(self._storage_dtype).arrow_schema
-        tokens = [
-            self._tokenizer(prompts.context(text), add_special_tokens=False)["input_ids"] for text in texts
-        ]
+        tokens = [tokenize_context(self._tokenizer, text) for text in texts]
         order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
         lengths = [min(self._longest, len(tokens[row])) for row in order]
         with (

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dssk.data.store import encoding_bytes
 from dssk.files import size
+from dssk.models.base import kv_cache_values
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -137,8 +139,7 @@ def _eval_results(origin: Origin) -> list[EvalResult]:
 def _cost(model: CrossAttnGPTBigCodeForCausalLM) -> str:
     config = model.config
     kept = encoding_bytes("bf16", config.n_embd)
-    heads = 1 if config.multi_query else config.n_head
-    cache = 2 * config.n_layer * heads * (config.n_embd // config.n_head) * 2
+    cache = kv_cache_values(config) * torch.bfloat16.itemsize
     return (
         f"## Cost\n\nAn encoded context takes {size(kept)} a token in bfloat16, the base's keys and values would take "
         f"{size(cache)}. It takes no place among the {config.n_positions:,} positions of the decoder."

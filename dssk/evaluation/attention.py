@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.evaluation.metrics import exact_match
+from dssk.evaluation.questions import spread
 from dssk.evaluation.scores import interval
+from dssk.models.answering import encode_texts
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it
@@ -152,8 +154,7 @@ def evidence(
     fewer than `CHOOSING` are left.
     """
     usable = [row for row in predictions if _is_usable(row)]
-    picked = np.unique(np.linspace(0, len(usable) - 1, min(len(usable), MAX_QUESTIONS)).round().astype(int))
-    rows = [usable[i] for i in picked]
+    rows = [usable[i] for i in spread(len(usable), MAX_QUESTIONS)]
     hits, first_hits, masses, chances, contexts = [], [], [], [], []
     for row in tqdm(rows, desc="attention", unit="question", disable=None):
         states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
@@ -230,7 +231,5 @@ def encode_context(
     max_tokens: int | None = None,
 ) -> torch.Tensor:
     """Encode a context's text with the model itself: (S, d), cut to `max_tokens` and to the model's positions."""
-    ids = tokenizer(prompts.context(text), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    longest = min(max_tokens or ids.shape[1], model.config.max_position_embeddings)
-    states, _ = model.encode(ids[:, :longest].to(model.device))
-    return states[0]
+    (states,) = encode_texts(model, tokenizer, [text])
+    return states[:max_tokens]  # a state depends on what stands before it alone

@@ -14,8 +14,7 @@ from transformers import GPTBigCodeForCausalLM, PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.data.collate import length_mask, pad_states, pad_tokens
 from dssk.data.dataset import IGNORED
-
-MAX_NEW_TOKENS = 32
+from dssk.models.answering import MAX_NEW_TOKENS
 
 Contexts = Callable[[int], torch.Tensor | None]  # row number -> encoder states (S, d), or None for no context
 Tokens = list[int]

@@ -18,6 +18,8 @@ from dssk import files, prompts
 from dssk.evaluation.generate import MAX_NEW_TOKENS, Tokens, answer_tokens, generate_batch, nll_batch
 from dssk.evaluation.predictions import Answers
 from dssk.evaluation.questions import Question, QuestionSet
+from dssk.models.answering import tokenize_context
+from dssk.models.base import kv_cache_values
 
 
 class Prompt(NamedTuple):
@@ -36,7 +38,7 @@ def make_prompt(
     tokenizer: PreTrainedTokenizerBase, asked: Question, positions: int, new_tokens: int
 ) -> Prompt:
     """The prompt for a question, with room for `new_tokens` after it in a model of so many positions."""
-    context = tokenizer(prompts.context(asked.context), add_special_tokens=False)["input_ids"]
+    context = tokenize_context(tokenizer, asked.context)
     text = prompts.question_after_context(asked.question)
     question = tokenizer(text, add_special_tokens=False)["input_ids"]
     room = max(positions - len(question) - new_tokens, 0)
@@ -157,6 +159,4 @@ class PrefixCache:
 
 def cache_bytes_per_token(model: GPTBigCodeForCausalLM) -> int:
     """Bytes of keys and values that a model keeps for a token, in its own type."""
-    config = model.config
-    heads = 1 if config.multi_query else config.n_head
-    return 2 * config.n_layer * heads * (config.n_embd // config.n_head) * model.dtype.itemsize
+    return kv_cache_values(model.config) * model.dtype.itemsize

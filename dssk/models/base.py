@@ -52,3 +52,9 @@ def encode(
     padding positions are meaningless: keep the mask.
     """
     return model.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def kv_cache_values(config: GPTBigCodeConfig) -> int:
+    """Keys and values that a KV cache holds for each token, over all layers."""
+    heads = 1 if config.multi_query else config.n_head
+    return 2 * config.n_layer * heads * (config.n_embd // config.n_head)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.evaluation.attention import answer_mask, attend, encode_context, token_texts
 from dssk.evaluation.metrics import exact_match
+from dssk.evaluation.questions import spread
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 SCALE = 10_000  # weights are kept as whole numbers,
@@ -29,14 +30,9 @@ def choose(predictions: Sequence[Row], count: int) -> list[Row]:
     wrong = [i for i, row in enumerate(predictions) if not is_right(row)]
     right = [i for i, row in enumerate(predictions) if is_right(row)]
     num_wrong = min(len(wrong), max(count // 2, count - len(right)))
-    picked = _spread(wrong, num_wrong) + _spread(right, count - num_wrong)
+    picked = [wrong[i] for i in spread(len(wrong), num_wrong)]
+    picked += [right[i] for i in spread(len(right), count - num_wrong)]
     return [predictions[i] for i in sorted(picked)]
-
-
-def _spread(items: list[int], count: int) -> list[int]:
-    if count >= len(items):
-        return items
-    return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
 
 
 def describe(row: Row) -> Row:

@@ -5,15 +5,14 @@ from statistics import mean
 from typing import Any
 
 import datasets
-import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from dssk import prompts
 from dssk.errors import DsskError
 from dssk.evaluation.generate import Contexts, generate_answers
 from dssk.evaluation.metrics import exact_match, f1
 from dssk.evaluation.questions import other_rows, sample
+from dssk.models.answering import encode_texts
 
 
 class AnswerScorer:
@@ -71,14 +70,7 @@ class AnswerScorer:
     def _contexts(self, model: Any, sources: list[int]) -> Contexts:
         if "encoder_hidden_states" in self.rows.column_names:
             return lambda i: self.rows[sources[i]]["encoder_hidden_states"]
-        return lambda i: self._encode(model, self.texts[sources[i]]["context"])
-
-    def _encode(self, model: Any, context: str) -> torch.Tensor:
-        tokens = self.tokenizer(prompts.context(context), add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
-        states, _ = model.encode(tokens[:, : model.config.max_position_embeddings].to(model.device))
-        return states[0]
+        return lambda i: encode_texts(model, self.tokenizer, [self.texts[sources[i]]["context"]])[0]
 
     def _scores(self, answers: Sequence[str]) -> dict[str, float]:
         pairs = list(zip(answers, self.golds, strict=True))
