@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from dssk.errors import run
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 from exp_configs import BASE_CONFIG
 
@@ -129,3 +131,16 @@ def experiment(base: Path, **changes) -> dict:
         "gradient_checkpointing": False,
     }
     return {**BASE_CONFIG, **settings, **changes}
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """A module's command in this process: its standard output, or for another exit code its standard error."""
+
+    def run_command(module, *argv: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+        assert run(module.main) == code
+        said = capsys.readouterr()
+        return said.err if code else said.out
+
+    return run_command

@@ -4,14 +4,14 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from dssk import files, library, prompts
 from dssk.data import store
-from dssk.errors import DamagedData, DsskError, Locked, run
+from dssk.errors import DamagedData, DsskError, Locked
 from dssk.library import ContextLibrary
 from dssk.models.base import encode, load_base
 from tests.conftest import byte_tokenizer, fused, make_base
@@ -294,16 +294,8 @@ def test_a_full_disk_leaves_the_library_as_it_was(filled, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """The command in this process: what it says on standard output, or for another exit code on standard error."""
-
-    def command(*argv: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["library", *map(str, argv)])
-        assert run(library.main) == code
-        said = capsys.readouterr()
-        return said.err if code else said.out
-
-    return command
+def command(run_command):
+    return partial(run_command, library)
 
 
 def test_the_command(base_path, tmp_path, command):

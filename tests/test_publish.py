@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import dssk  # noqa: F401 - lets the Auto classes load what is published
 from dssk import publish
 from dssk.checkpoint import finish_checkpoint, write_checkpoint
 from dssk.config import experiment_id
-from dssk.errors import DamagedData, Diverged, DsskError, run
+from dssk.errors import DamagedData, Diverged, DsskError
 from dssk.models.modeling import is_cross_attn
 from tests import model_hub
 from tests.conftest import REPOSITORY, byte_tokenizer, experiment, fused
@@ -66,16 +67,8 @@ def trained(base_path, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """The command in this process: what it says on standard output, or for another exit code on standard error."""
-
-    def command(*argv: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["publish", *map(str, argv)])
-        assert run(publish.main) == code
-        said = capsys.readouterr()
-        return said.err if code else said.out
-
-    return command
+def command(run_command):
+    return partial(run_command, publish)
 
 
 def answers(path) -> list[str]:
