@@ -19,7 +19,7 @@ from dssk import prompts
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
 from dssk.evaluation.scores import interval
-from dssk.models.answering import encode_texts
+from dssk.models.answering import encode_texts, tokenize_question
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it
@@ -56,7 +56,7 @@ def attend(
     The model is left as it was, its attention implementation included. `token_texts` cuts the context's text into
     the pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
     """
-    prompt = tokenizer(prompts.question(question), add_special_tokens=False)["input_ids"]
+    prompt = tokenize_question(tokenizer, question)
     text = prompts.answer(answer)
     target = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not target:

@@ -26,7 +26,6 @@ from dssk.evaluation.generate import (
     context_batch,
     generate_batch,
     nll_batch,
-    question_tokens,
 )
 from dssk.evaluation.predictions import Answers, answer_all, discard_partial
 from dssk.evaluation.questions import (
@@ -39,6 +38,7 @@ from dssk.evaluation.questions import (
 from dssk.evaluation.scores import score, table
 from dssk.files import publish_json
 from dssk.flags import Parser, nearest, positive_int
+from dssk.models.answering import tokenize_question
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 CONTROLS = ("with_context", "no_context", "wrong_context", "shuffled_tokens", "other_question")
@@ -82,7 +82,7 @@ class CrossAttentionSystem:
 
     def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
         asked = self.questions.rows
-        prompted = [question_tokens(self.tokenizer, asked[trial.question].question) for trial in chosen]
+        prompted = [tokenize_question(self.tokenizer, asked[trial.question].question) for trial in chosen]
         targets = [answer_tokens(self.tokenizer, asked[row].answers[0]) for row in rows]
         context = context_batch(self.model, self._states(rows, chosen))
         with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers import GPTBigCodeForCausalLM, PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.data.collate import length_mask, pad_states, pad_tokens
 from dssk.data.dataset import IGNORED
-from dssk.models.answering import MAX_NEW_TOKENS
+from dssk.models.answering import MAX_NEW_TOKENS, tokenize_question
 
 Contexts = Callable[[int], torch.Tensor | None]  # row number -> encoder states (S, d), or None for no context
 Tokens = list[int]
@@ -29,7 +29,7 @@ def generate_answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers to `questions`, each with its own context."""
-    encoded = [question_tokens(tokenizer, question) for question in questions]
+    encoded = [tokenize_question(tokenizer, question) for question in questions]
     answers = [""] * len(questions)
     for rows in by_length([len(ids) for ids in encoded], batch_size, "answering"):
         context = context_batch(model, [contexts(i) for i in rows])
@@ -48,7 +48,7 @@ def answer_nll(
     batch_size: int,
 ) -> list[float]:
     """Negative log-likelihood of each gold answer and its end of text, in nats a token, teacher-forced."""
-    prompted = [question_tokens(tokenizer, question) for question in questions]
+    prompted = [tokenize_question(tokenizer, question) for question in questions]
     targets = [answer_tokens(tokenizer, answer) for answer in answers]
     losses = [0.0] * len(questions)
     lengths = [len(p) + len(t) for p, t in zip(prompted, targets, strict=True)]
@@ -60,11 +60,6 @@ def answer_nll(
         for row, loss in zip(rows, batch, strict=True):
             losses[row] = loss
     return losses
-
-
-def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> Tokens:
-    """What the decoder reads before it answers."""
-    return tokenizer(prompts.question(question), add_special_tokens=False)["input_ids"]
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> Tokens:

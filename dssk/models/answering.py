@@ -82,6 +82,11 @@ def tokenize_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     return tokenizer(prompts.context(text), add_special_tokens=False)["input_ids"]
 
 
+def tokenize_question(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """What the decoder reads before it answers."""
+    return tokenizer(prompts.question(question), add_special_tokens=False)["input_ids"]
+
+
 @torch.no_grad()
 def encode_texts(
     model: "CrossAttnGPTBigCodeForCausalLM",
@@ -109,7 +114,7 @@ def _tokenize(
     max_new_tokens: int,
 ) -> list[list[int]]:
     window = model.config.max_position_embeddings
-    tokens = [tokenizer(prompts.question(q), add_special_tokens=False)["input_ids"] for q in questions]
+    tokens = [tokenize_question(tokenizer, question) for question in questions]
     for question, ids in zip(questions, tokens, strict=True):
         if len(ids) + max_new_tokens > window:
             raise DsskError(

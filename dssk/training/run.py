@@ -13,7 +13,6 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dssk import prompts
 from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
@@ -26,6 +25,7 @@ from dssk.errors import DamagedData, DsskError, Preempted
 from dssk.export import export
 from dssk.files import lock, make_folder, publish_json, remove_temps, size
 from dssk.flags import nearest
+from dssk.models.answering import tokenize_context
 from dssk.models.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.copy_init import check_copy_init, copy_init_
@@ -186,7 +186,7 @@ def distinct_contexts(
     for text in rows.select_columns("context")["context"]:
         if text not in seen:
             seen.add(text)
-            yield tokenizer(prompts.context(text), add_special_tokens=False)["input_ids"][:context_size]
+            yield tokenize_context(tokenizer, text)[:context_size]
 
 
 @contextlib.contextmanager
