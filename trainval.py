@@ -3,11 +3,11 @@
 import sys
 
 import job_configs
-from dssk.cli import parse_args
 from dssk.errors import run
 from dssk.jobs.submit import submit
+from dssk.training.flags import parse_args
 from dssk.training.run import train
-from dssk.wandb_key import give_key_to_wandb
+from dssk.utils.wandb_key import give_key_to_wandb
 from exp_configs import EXP_GROUPS
 
 

@@ -22,13 +22,14 @@ import torch
 from common import SIZES, Results, interleaved, random_base
 from torch.utils.data import DataLoader
 
-from dssk.console import quiet_libraries
 from dssk.data import encode as encoding
-from dssk.data import preproc_nq, store
+from dssk.data import preproc_nq
 from dssk.data.collate import Collator, length_mask, pad_tokens
-from dssk.data.ranks import Ranks
-from dssk.models.base import encode
-from dssk.models.make_base import make_tokenizer
+from dssk.inference.base import encode
+from dssk.research.make_base import make_tokenizer
+from dssk.store import format as store
+from dssk.utils.console import quiet_libraries
+from dssk.utils.ranks import Ranks
 
 MEDIAN_TOKENS, SIGMA, MAXIMUM_TOKENS = 150, 1.0, 2000
 HIDDEN_SIZE = SIZES["SMALL"]["n_embd"]

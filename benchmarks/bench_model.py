@@ -20,7 +20,7 @@ from original import Original
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
-from dssk.models.base import load_base
+from dssk.inference.base import load_base
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 

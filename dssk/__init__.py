@@ -3,6 +3,8 @@
 Importing this package lets transformers' Auto classes load the models it saves; it does nothing else.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dssk import prompts
@@ -14,3 +16,6 @@ __all__ = ["CrossAttnGPTBigCodeConfig", "CrossAttnGPTBigCodeForCausalLM", "Proje
 
 AutoConfig.register(CrossAttnGPTBigCodeConfig.model_type, CrossAttnGPTBigCodeConfig, exist_ok=True)
 AutoModelForCausalLM.register(CrossAttnGPTBigCodeConfig, CrossAttnGPTBigCodeForCausalLM, exist_ok=True)
+
+# `python -m dssk.library` is `dssk library`: the commands are found as if they lay here.
+__path__.append(str(Path(__file__).parent / "commands"))

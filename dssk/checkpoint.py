@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import xxhash
 from safetensors.torch import save
+from transformers import PreTrainedModel
 
-from dssk import files
 from dssk.errors import DamagedData, DsskError
-from dssk.models.modeling import WEIGHTS_FILE, CrossAttnGPTBigCodeForCausalLM
-from dssk.tokenizer import load_tokenizer
+from dssk.utils import files
 
 MANIFEST = "dssk_manifest.json"
+WEIGHTS_FILE = "model.safetensors"
 FINAL = "final"  # the fused model at the end of training, below a run's folder
 BEST = "best"  # the fused model of the best checkpoint
 FORMAT_VERSION = 1
@@ -99,14 +99,12 @@ class Writer:
         with files.publish(self.folder / name) as file:
             file.write(save(tensors, metadata={"format": "pt"}))
 
-    def model(
-        self, model: CrossAttnGPTBigCodeForCausalLM, tokenizer, weights: dict[str, torch.Tensor]
-    ) -> None:
+    def model(self, model: PreTrainedModel, tokenizer, weights: dict[str, torch.Tensor]) -> None:
         """The cross-attention weights alone, with all that `load_model` needs besides the base."""
         self.tensors(WEIGHTS_FILE, weights)
         config = copy.deepcopy(model.config)
         config.cross_attn_only = True
-        config.architectures = [CrossAttnGPTBigCodeForCausalLM.__name__]
+        config.architectures = [type(model).__name__]
         config.save_pretrained(self.folder)
         model.generation_config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
@@ -185,55 +183,3 @@ def rotate(savedir: Path, keep: int, best: Path | None) -> None:
     for folder in checkpoint_folders(savedir):
         if folder not in kept:
             discard(folder)
-
-
-def find_model(path: str | Path) -> Path:
-    """The folder to load for a checkpoint, a fused model, or a run's folder (its final model, else its newest)."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / FINAL / "config.json").is_file():
-        return folder / FINAL
-    if newest := latest_checkpoint(folder):
-        return newest
-    runs = [run for run in sorted(folder.glob("*")) if latest_checkpoint(run)] if folder.is_dir() else []
-    if len(runs) == 1:
-        return find_model(runs[0])
-    if runs:
-        raise DsskError(f"{folder} holds {len(runs)} runs, want one of them, such as {runs[0]}")
-    raise DsskError(f"no model at {folder}: want a checkpoint, a fused model, or the folder of a run")
-
-
-def find_encoder(path: str | Path) -> tuple[str, str | None]:
-    """The model that encodes contexts for `path`, and its revision: the base of a checkpoint, else itself.
-
-    `path` is what `find_model` takes, a base model, or a name on the Hub. A fused model has its base in it.
-    """
-    if not Path(path).exists():
-        return str(path), None
-    folder = find_model(path)
-    config = json.loads((folder / "config.json").read_bytes())
-    if config.get("cross_attn_only"):
-        return config["base_model_name_or_path"], config["base_model_revision"]
-    return str(folder.resolve()), None
-
-
-def load_model(path: str | Path, **kwargs):
-    """Load (model in eval mode, tokenizer) from anything `find_model` finds; `kwargs` go to `from_pretrained`."""
-    folder = find_model(path)
-    if checkpoint_step(folder) >= 0 or (folder / MANIFEST).exists():
-        verify_checkpoint(folder)
-    try:
-        model = CrossAttnGPTBigCodeForCausalLM.from_pretrained(folder, **kwargs)
-    except (ValueError, KeyError) as error:
-        raise DsskError(f"{folder}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise DsskError(
-            f"cannot load {folder} or the base it names: {str(error).splitlines()[0]} (python -m dssk.export fuses it "
-            "with a base that has moved)"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise DamagedData(f"{folder}: the weights are damaged ({error})") from error
-        raise
-    return model.eval(), load_tokenizer(folder)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dssk.errors import DsskError
-from dssk.flags import nearest
+from dssk.utils.flags import nearest
 
 
 class ExperimentConfig(BaseModel):

@@ -8,20 +8,19 @@ from tests.conftest import REPOSITORY
 
 # A module may import those of its own level and of the levels above its line.
 LEVELS = [
-    ["errors", "flags", "prompts", "files", "console", "wandb_key"],
-    ["config", "tokenizer"],
-    ["models.configuration", "models.cross_attention", "models.loss", "models.answering", "models.modeling"],
-    ["models.copy_init"],
-    ["models.base"],
-    ["data", "models.make_base"],
-    ["checkpoint", "export"],
-    ["encoder", "library"],
-    ["answer"],
+    ["errors", "prompts", "utils"],
+    ["config"],
+    ["models"],
+    ["run_folder", "checkpoint"],
+    ["inference"],
+    ["store"],
+    ["data"],
     ["evaluation"],
-    ["demo", "model_card", "publish"],
-    ["cli"],
+    ["hub"],
     ["training"],
-    ["jobs", "report"],
+    ["jobs", "report", "demo"],
+    ["research"],
+    ["commands"],
 ]
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.config import ExperimentConfig
 from dssk.data.augment import FIM_PROB, REPETITION_TASKS, fill_in_the_middle
-from dssk.tokenizer import FIM_TOKENS
+from dssk.inference.tokenizer import FIM_TOKENS
 
 IGNORED = -100  # label of a position that is not learned, as in all of transformers
 

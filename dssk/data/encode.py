@@ -23,15 +23,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPTBigCodeForCausalLM
 
-from dssk import files
-from dssk.console import quiet_libraries
 from dssk.data import plan as planning
-from dssk.data import store
 from dssk.data.collate import length_mask, pad_tokens
 from dssk.data.plan import Plan, PlannedShard
-from dssk.data.ranks import Ranks
 from dssk.errors import Diverged, DsskError, EnvironmentFault
-from dssk.models.base import encode, load_base
+from dssk.inference.base import encode, load_base
+from dssk.store import format as store
+from dssk.utils import files
+from dssk.utils.console import quiet_libraries
+from dssk.utils.ranks import Ranks
 
 _PAD_ID = 0  # padding is masked, so any token does
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a bare RuntimeError in torch 2.13

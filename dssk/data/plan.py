@@ -17,9 +17,11 @@ import xxhash
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dssk import files, prompts
-from dssk.data import sources, store
+from dssk import prompts
+from dssk.data import sources
 from dssk.errors import DsskError
+from dssk.store import format as store
+from dssk.utils import files
 
 STAGING = ".staging"
 PLAN = "plan.json"

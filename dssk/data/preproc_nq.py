@@ -22,16 +22,18 @@ import torch
 from huggingface_hub import get_token
 from transformers import GPTBigCodeConfig
 
-from dssk import files, prompts
-from dssk.console import quiet_libraries
+from dssk import prompts
 from dssk.data import plan as planning
-from dssk.data import ranks, sources, store
+from dssk.data import sources
 from dssk.data.encode import Job, encode_shards
-from dssk.data.fingerprint import model_fingerprint, tokenizer_hash
 from dssk.errors import DsskError, run
-from dssk.flags import Parser, bool_flag, optional_str, positive_int
-from dssk.models.base import load_base_config
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.base import load_base_config
+from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store import format as store
+from dssk.utils import files, ranks
+from dssk.utils.console import quiet_libraries
+from dssk.utils.flags import Parser, bool_flag, optional_str, positive_int
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -24,8 +24,8 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from dssk import prompts
-from dssk.data.fingerprint import file_fingerprint
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
+from dssk.inference.fingerprint import file_fingerprint
 
 NATURAL_QUESTIONS = "google-research-datasets/natural_questions"
 TOY = "toy"
@@ -304,7 +304,7 @@ def _arrow_rows(file: BinaryIO, name: str) -> Iterator[RawRow]:
 
 def _toy_rows(split: str, max_examples: int | None, seed: int) -> Iterator[RawRow]:
     """The embedded toy data set, in the Hub's layout of Natural Questions."""
-    from dssk.data import toy
+    from dssk.research import toy
 
     num_examples = max_examples or _TOY_TRAIN if split == "train" else min(max_examples or _TOY_VAL, _TOY_VAL)
     for number, row in enumerate(toy.generate(split, num_examples, seed), start=1):

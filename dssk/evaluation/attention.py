@@ -19,7 +19,7 @@ from dssk import prompts
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
 from dssk.evaluation.scores import interval
-from dssk.models.answering import encode_texts, tokenize_question
+from dssk.inference.answering import encode_texts, tokenize_question
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it

@@ -15,18 +15,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.checkpoint import find_model, load_model
-from dssk.console import quiet_libraries
-from dssk.data.fingerprint import file_fingerprint
-from dssk.data.ranks import Ranks, join
 from dssk.errors import DsskError, run
-from dssk.evaluation.generate import (
-    MAX_NEW_TOKENS,
-    answer_tokens,
-    context_batch,
-    generate_batch,
-    nll_batch,
-)
 from dssk.evaluation.predictions import Answers, answer_all, discard_partial
 from dssk.evaluation.questions import (
     QuestionSet,
@@ -36,10 +25,15 @@ from dssk.evaluation.questions import (
     other_rows,
 )
 from dssk.evaluation.scores import score, table
-from dssk.files import publish_json
-from dssk.flags import Parser, nearest, positive_int
-from dssk.models.answering import tokenize_question
+from dssk.inference.answering import tokenize_question
+from dssk.inference.fingerprint import file_fingerprint
+from dssk.inference.generate import MAX_NEW_TOKENS, answer_tokens, context_batch, generate_batch, nll_batch
+from dssk.inference.loading import find_model, load_model
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.utils.console import quiet_libraries
+from dssk.utils.files import publish_json
+from dssk.utils.flags import Parser, nearest, positive_int
+from dssk.utils.ranks import Ranks, join
 
 CONTROLS = ("with_context", "no_context", "wrong_context", "shuffled_tokens", "other_question")
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"

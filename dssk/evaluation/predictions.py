@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dssk import files
-from dssk.data.ranks import Ranks
-from dssk.evaluation.generate import length_batches
 from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
 from dssk.evaluation.questions import QuestionSet
 from dssk.evaluation.scores import Prediction
+from dssk.inference.generate import length_batches
+from dssk.utils import files
+from dssk.utils.ranks import Ranks
 
 PARTIAL = "predictions.partial"
 

@@ -15,10 +15,13 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.checkpoint import find_model
 from dssk.data import sources
 from dssk.data.collate import length_mask, pad_tokens
-from dssk.data.store import (
+from dssk.errors import DsskError
+from dssk.inference.loading import find_model
+from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.store.format import (
     MANIFEST,
     TORCH_DTYPES,
     StorageDtype,
@@ -27,9 +30,6 @@ from dssk.data.store import (
     load_manifest,
     load_rows,
 )
-from dssk.errors import DsskError
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
 DEFAULT_STORAGE: StorageDtype = "bf16"  # of encodings made on the fly, as preprocessing stores them
 

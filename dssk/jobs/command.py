@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from dssk.cli import RunArgs
 from dssk.errors import DsskError
-from dssk.wandb_key import KEY_FILE_VARIABLE
+from dssk.training.flags import RunArgs
+from dssk.utils.wandb_key import KEY_FILE_VARIABLE
 
 SCRIPT = "trainval.py"  # a job's working directory is its own copy of the code
 NGPUS = re.compile(r"\$\{NGPUS\}|\$?\bNGPUS\b")

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dssk.errors import DsskError
-from dssk.flags import nearest
+from dssk.utils.flags import nearest
 
 DEFAULT_GROUP = "default"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)

@@ -10,9 +10,9 @@ from typing import Any
 
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
-from dssk.files import publish_json, remove
 from dssk.jobs import slurm
 from dssk.jobs.states import GONE, state_of
+from dssk.utils.files import publish_json, remove
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # haven 0.7.3 imports pkg_resources, which says that it is deprecated

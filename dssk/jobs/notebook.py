@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 from haven import haven_utils
 
-from dssk.files import publish_text
+from dssk.utils.files import publish_text
 
 NOTEBOOK = "results.ipynb"
 HEAD = """\

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dssk.errors import DsskError, EnvironmentFault, Preempted
-from dssk.files import publish_text
 from dssk.jobs.states import ALIVE, GONE, state_of
+from dssk.utils.files import publish_text
 
 SCRIPT = "job.sh"
 ENDED = "job_ended"  # "<job id> <exit code>" of the last job that ended by itself

@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dssk.cli import JOB_ACTIONS, RunArgs
 from dssk.config import apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.errors import DsskError
-from dssk.flags import nearest
 from dssk.jobs.command import job_command, with_logs_and_signals
 from dssk.jobs.config import SlurmConfig, ToolkitConfig, parse_job_config, toolkit_account
 from dssk.jobs.states import ALIVE, FAILED, NEVER_LAUNCHED
+from dssk.training.flags import JOB_ACTIONS, RunArgs
 from dssk.training.run import stored_experiment
-from dssk.wandb_key import KEY_FILE
+from dssk.utils.flags import nearest
+from dssk.utils.wandb_key import KEY_FILE
 
 if TYPE_CHECKING:
     from dssk.jobs.haven import Jobs

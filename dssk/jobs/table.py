@@ -12,10 +12,10 @@ from typing import Any
 
 from dssk.config import experiment_id
 from dssk.errors import DsskError, run
-from dssk.files import publish, publish_text
-from dssk.flags import Parser
 from dssk.jobs import slurm
 from dssk.jobs.states import COMPLETED, GONE, state_of
+from dssk.utils.files import publish, publish_text
+from dssk.utils.flags import Parser
 
 RESULTS = "results"
 CURVES = {"training loss": ("loss",), "validation loss": ("eval_loss",), "F1": ("eval_f1", "f1")}

@@ -27,7 +27,7 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeBlock
 from transformers.utils import cached_file
 from transformers.utils.output_capturing import OutputRecorder
 
-from dssk.models.answering import answer
+from dssk.inference.answering import answer
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.cross_attention import (
     CrossAttention,

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssk.console import quiet_libraries
 from dssk.errors import run
-from dssk.files import make_folder, publish_json, publish_text
-from dssk.flags import Parser, count
 from dssk.report import figures
 from dssk.report.contents import Contents
 from dssk.report.page import render
 from dssk.report.run_files import read_run
 from dssk.training.wandb_report import log_report
+from dssk.utils.console import quiet_libraries
+from dssk.utils.files import make_folder, publish_json, publish_text
+from dssk.utils.flags import Parser, count
 
 
 def main(argv: Sequence[str] | None = None) -> None:

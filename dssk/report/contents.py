@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from dssk.checkpoint import find_model, load_model
 from dssk.errors import DsskError
 from dssk.evaluation.attention import Evidence, evidence
+from dssk.inference.loading import find_model, load_model
 from dssk.report import costs, figures, samples
 from dssk.report.run_files import RunFiles
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dssk.files import publish
+from dssk.utils.files import publish
 
 WIDTH, HEIGHT = 5.2, 3.1  # inches; a page shows two side by side, a phone one
 INK = "#2a2f37"

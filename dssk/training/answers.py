@@ -9,10 +9,10 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from dssk.errors import DsskError
-from dssk.evaluation.generate import Contexts, generate_answers
 from dssk.evaluation.metrics import exact_match, f1
 from dssk.evaluation.questions import other_rows, sample
-from dssk.models.answering import encode_texts
+from dssk.inference.answering import encode_texts
+from dssk.inference.generate import Contexts, generate_answers
 
 
 class AnswerScorer:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
 from dssk.training.deepspeed_config import load_deepspeed_config
+from dssk.training.flags import RunArgs
 
 MAX_LOADER_WORKERS = 4
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from dssk.console import watched
 from dssk.errors import DsskError
-from dssk.files import machine_faults, publish_text
+from dssk.utils.console import watched
+from dssk.utils.files import machine_faults, publish_text
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {

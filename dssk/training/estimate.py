@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
-from dssk.data.store import Manifest, encoding_bytes
-from dssk.files import size
-from dssk.models.base import load_base_config
+from dssk.inference.base import load_base_config
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, is_cross_attn
+from dssk.store.format import Manifest, encoding_bytes
+from dssk.training.flags import RunArgs
+from dssk.utils.files import size
 
 FP32_BYTES = 4
 MOMENTS = 2  # that AdamW keeps of each weight

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dssk.checkpoint import checkpoint_step, load_manifest, newest_checkpoint
-from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
+from dssk.training.flags import RunArgs
 
 
 @dataclass(frozen=True)

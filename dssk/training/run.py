@@ -14,33 +14,33 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dssk.checkpoint import BEST, FINAL, latest_checkpoint
-from dssk.cli import RunArgs
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
-from dssk.console import quiet_libraries
-from dssk.data import verify
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
-from dssk.data.store import Manifest, check_model, load_manifest, load_rows
 from dssk.errors import DamagedData, DsskError, Preempted
-from dssk.export import export
-from dssk.files import lock, make_folder, publish_json, remove_temps, size
-from dssk.flags import nearest
-from dssk.models.answering import tokenize_context
-from dssk.models.base import load_base_config
+from dssk.hub.export import export
+from dssk.hub.publish import check_repository, publish
+from dssk.inference.answering import tokenize_context
+from dssk.inference.base import load_base_config
+from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
-from dssk.publish import check_repository, publish
-from dssk.tokenizer import load_tokenizer
+from dssk.store import verify
+from dssk.store.format import Manifest, check_model, load_manifest, load_rows
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import training_arguments
 from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
+from dssk.training.flags import RunArgs
 from dssk.training.resume import Start, differences, find_start
 from dssk.training.status import reported
 from dssk.training.stopping import StopOnSignal, StopRequest
 from dssk.training.trainer import TRAINER_STATE_FILE, CrossAttnTrainer
 from dssk.training.wandb_report import WandbReport, check_wandb
+from dssk.utils.console import quiet_libraries
+from dssk.utils.files import lock, make_folder, publish_json, remove_temps, size
+from dssk.utils.flags import nearest
 
 EXP_DICT = "exp_dict.json"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dssk.errors import DsskError, Preempted
-from dssk.files import publish_json
+from dssk.utils.files import publish_json
 
 STATUS_FILE = "status.json"
 

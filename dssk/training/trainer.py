@@ -12,10 +12,10 @@ from transformers import Trainer
 from dssk.checkpoint import rotate, write_checkpoint
 from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
-from dssk.files import publish_json
 from dssk.training import state
 from dssk.training.sampler import EpochSampler, text_lengths
 from dssk.training.stopping import EvaluationStopped
+from dssk.utils.files import publish_json
 
 TRAINER_STATE_FILE = "trainer_state.json"
 MAX_ROWS_NAMED = 8

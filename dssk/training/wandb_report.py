@@ -17,11 +17,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dssk.cli import RunArgs
 from dssk.errors import DsskError
-from dssk.files import publish_json
 from dssk.training.answers import AnswerScorer
-from dssk.wandb_key import find_key
+from dssk.training.flags import RunArgs
+from dssk.utils.files import publish_json
+from dssk.utils.wandb_key import find_key
 
 RUN_FILE = "wandb.json"
 ANSWER_SECONDS = 4

@@ -7,8 +7,8 @@ from dssk import prompts
 from dssk.config import parse_experiment
 from dssk.data.collate import Collator, length_mask, pad_states, pad_tokens
 from dssk.data.dataset import IGNORED, CrossAttnDataset
-from dssk.data.store import load_rows
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store.format import load_rows
 from tests.conftest import experiment
 
 

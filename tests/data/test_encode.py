@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dssk.data import encode, store
+from dssk.data import encode
 from dssk.errors import Diverged, EnvironmentFault
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store import format as store
 from tests.conftest import REPOSITORY
 from tests.data.conftest import rows, stamps, tree, write_jsonl
 

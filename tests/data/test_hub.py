@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dssk.data import store, toy
 from dssk.data.sources import NATURAL_QUESTIONS
+from dssk.research import toy
+from dssk.store import format as store
 from tests.conftest import REPOSITORY
 from tests.data import fake_hub
 

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dssk import prompts
-from dssk.data import store
 from dssk.data.plan import tokenize_contexts
 from dssk.errors import DsskError
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store import format as store
 from tests.data.conftest import rows, write_jsonl
 
 

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from dssk import files
-from dssk.data import encode, preproc_nq, store
+from dssk.data import encode, preproc_nq
 from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, run
+from dssk.store import format as store
+from dssk.utils import files
 from tests.conftest import REPOSITORY, make_base
 from tests.data.conftest import rows, stamps, tree, write_jsonl
 

@@ -15,7 +15,7 @@ from dssk.evaluation.attention import (
     find_words,
     token_texts,
 )
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer
 from tests.conftest import byte_tokenizer, fused
 
 QUESTION, CONTEXT, ANSWER = "who built the mill", "Mill was built in 1785 by Ann .", "Ann"

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from dssk.checkpoint import load_model
-from dssk.data.ranks import Ranks
 from dssk.errors import DsskError
 from dssk.evaluation import evaluate
 from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, control_list, output_folder, trials
 from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import load_questions
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.loading import load_model
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.utils.ranks import Ranks
 from tests.conftest import REPOSITORY, fused
 
 

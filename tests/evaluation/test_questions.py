@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from dssk.data.store import load_rows
 from dssk.errors import DsskError
 from dssk.evaluation.questions import (
     check_encodings,
@@ -13,7 +12,8 @@ from dssk.evaluation.questions import (
     sample,
     spread,
 )
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store.format import load_rows
 from tests.conftest import fused, make_base, question_rows
 
 

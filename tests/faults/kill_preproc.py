@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from dssk.data import preproc_nq
-from dssk.models.base import load_base
-from dssk.tokenizer import load_tokenizer
+from dssk.inference.base import load_base
+from dssk.inference.tokenizer import load_tokenizer
 from tests.conftest import make_base
 from tests.data.conftest import rows, stamps, tree, write_jsonl
 

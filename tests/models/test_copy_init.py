@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dssk.models.copy_init import copy_init_
-from dssk.models.make_base import structured_init_
+from dssk.research.make_base import structured_init_
 from tests.conftest import SPECIAL_TOKENS, VOCAB_SIZE, fused, make_base
 
 LAYOUT = {

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, GPTBigCodeForCausalLM
 
+from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.cross_attention import CrossAttnOutput
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, hide_tokens, is_cross_attn
-from dssk.tokenizer import load_tokenizer
 from tests.conftest import fused, make_base
 
 LAYOUTS = [

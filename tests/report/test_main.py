@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from dssk.checkpoint import load_model
 from dssk.errors import DsskError
 from dssk.evaluation.attention import evidence
+from dssk.inference.loading import load_model
 from dssk.report import __main__ as command
 from dssk.report.run_files import read_run
 from tests.report.conftest import experiment, write, write_lines

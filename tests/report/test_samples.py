@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dssk.checkpoint import load_model
 from dssk.evaluation.attention import attend, encode_context
+from dssk.inference.loading import load_model
 from dssk.report.samples import KEPT, SCALE, choose, dense, describe, is_right, with_attention
 from tests.report.conftest import row
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import GPTBigCodeConfig
 
 from dssk.checkpoint import latest_checkpoint
-from dssk.cli import build_parser, parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DsskError
 from dssk.training.deepspeed_config import check_deepspeed_config
 from dssk.training.estimate import estimate, meta_model
+from dssk.training.flags import build_parser, parse_args
 from dssk.training.run import build_model
 from dssk.training.wandb_report import WandbReport, answers, check_wandb, wandb_mode
 from exp_configs import BASE_CONFIG, EXP_GROUPS
@@ -204,7 +204,7 @@ def test_the_estimate_equals_what_a_real_run_of_the_3b_layout_takes(tmp_path, st
         "cross_attn_num_attention_heads": 4,
     }
     cfg = parse_experiment({**published, **toy})
-    from dssk.tokenizer import load_tokenizer
+    from dssk.inference.tokenizer import load_tokenizer
 
     model = build_model(cfg, load_tokenizer(base))
     need = estimate(cfg, meta_model(cfg))

@@ -12,9 +12,9 @@ import torch
 from dssk import checkpoint
 from dssk.checkpoint import latest_checkpoint, newest_checkpoint, rotate
 from dssk.errors import DamagedData, DsskError, Locked
-from dssk.files import lock
 from dssk.training.sampler import EpochSampler
 from dssk.training.state import random_state, set_random_state
+from dssk.utils.files import lock
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
 
 STEPS = ("--steps", "7", "--log_every", "1")
@@ -140,7 +140,9 @@ def test_a_run_keeps_as_many_checkpoints_as_asked_and_the_best(run):
 
 def test_a_removal_that_is_interrupted_leaves_no_checkpoint(run, monkeypatch):
     folder = run("--steps", "1", "--log_every", "1")
-    monkeypatch.setattr("dssk.files.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "dssk.utils.files.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         checkpoint.discard(folder / "checkpoint-1")
     assert latest_checkpoint(folder) is None

@@ -7,16 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
-from dssk import export
-from dssk.checkpoint import load_model, verify_checkpoint
-from dssk.cli import parse_args
+from dssk.checkpoint import verify_checkpoint
 from dssk.config import parse_experiment
-from dssk.data.store import load_rows
 from dssk.errors import DamagedData, DsskError
+from dssk.hub import export
+from dssk.inference.loading import load_model
 from dssk.models.modeling import is_cross_attn
+from dssk.store.format import load_rows
+from dssk.training.flags import parse_args
 from dssk.training.run import train
-from tests import model_hub
 from tests.conftest import experiment, make_base
+from tests.hub import model_hub
 from tests.training.conftest import command, logged, losses, runs_in, torchrun, weights
 
 
@@ -286,7 +287,7 @@ def test_the_finished_model_is_pushed_to_the_hub(run, monkeypatch):
         assert b"36 questions in train" in hub.models["someone/mill"]["README.md"]
         assert not any("optimizer" in name for name in hub.models["someone/mill"])
         assert hub.private["someone/mill"]
-        monkeypatch.setattr("dssk.publish.get_token", lambda: None)
+        monkeypatch.setattr("dssk.hub.publish.get_token", lambda: None)
         monkeypatch.setattr("dssk.training.run.build_trainer", lambda *args: pytest.fail("it was trained"))
         with pytest.raises(DsskError, match="set HF_TOKEN"):
             run("--steps", "2", "--push_to_hub", "someone/mill")

@@ -152,7 +152,7 @@ def test_a_loss_of_infinity_is_caught_where_it_arises(run, monkeypatch):
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch, tmp_path):
     folder = run("--steps", "2", "--log_every", "1")
-    monkeypatch.setattr("dssk.files.shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
+    monkeypatch.setattr("dssk.utils.files.shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(EnvironmentFault, match="disk full at .*checkpoint-3 needs 203.. kB, 1.0 kB free"):
         run("--steps", "3", "--log_every", "1")
     assert latest_checkpoint(folder) == folder / "checkpoint-2"

@@ -1,0 +1,1 @@
+"""What leaves this machine: fused models, their cards, and the Hub."""

@@ -1,0 +1,226 @@
+"""Publish the model of a run on the Hugging Face Hub: `python -m dssk.publish --help`.
+
+    python -m dssk.publish --checkpoint RUN --output DIR        # writes what would be uploaded, and uploads nothing
+    python -m dssk.publish --checkpoint RUN --repo USER/NAME
+
+`fused` is the whole model, `cross_attention` the trained blocks alone, megabytes, which name the base on the Hub. Both
+load with `AutoModelForCausalLM.from_pretrained` after `import dssk`. The login is that of `hf auth login` or HF_TOKEN.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from dssk.checkpoint import FINAL, verify_checkpoint
+from dssk.errors import DamagedData, Diverged, DsskError, EnvironmentFault, run
+from dssk.evaluation.evaluate import SCORES, output_folder
+from dssk.hub.model_card import Origin, hub_name, model_card
+from dssk.inference.loading import find_model, load_model
+from dssk.store import format as store
+from dssk.utils.console import quiet_libraries
+from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
+from dssk.utils.flags import Parser, bool_flag, optional_str
+
+FUSED, CROSS_ATTENTION = "fused", "cross_attention"
+FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+FILES += ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+
+
+def publish(
+    checkpoint: str | Path,
+    repository: str,
+    what: str = FUSED,
+    private: bool = True,
+    base_model: str | None = None,
+    data_path: str | Path | None = None,
+) -> str:
+    """Upload the model of `checkpoint`; returns the address of its page. See `prepare` for what is refused.
+
+    Raises `EnvironmentFault` if the Hub cannot be reached or refuses.
+    """
+    check_repository(repository)
+    parent = find_model(checkpoint).parent
+    with machine_faults(parent), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=parent) as folder:
+        prepare(checkpoint, Path(folder), repository, what, base_model, data_path)
+        return upload(Path(folder), repository, private)
+
+
+def prepare(
+    checkpoint: str | Path,
+    folder: Path,
+    repository: str,
+    what: str = FUSED,
+    base_model: str | None = None,
+    data_path: str | Path | None = None,
+) -> None:
+    """Write the files to upload into `folder`.
+
+    Args:
+        base_model: the name of the base on the Hub; as the model was trained on, if not given.
+        data_path: the store that it was trained on, for the model card.
+
+    Raises `DamagedData` for a checkpoint that is not whole, `Diverged` for weights that are not finite, and
+    `DsskError` for blocks alone whose base nobody else could load.
+    """
+    source = find_model(checkpoint)
+    manifest = verify_checkpoint(source)
+    model, tokenizer = load_model(source)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise Diverged(f"{source}: {name} is not finite: publish an earlier checkpoint")
+    base = base_model or model.config.base_model_name_or_path
+    if what == CROSS_ATTENTION and not (base_model or hub_name(base)):
+        raise DsskError(f"the base is {base}, nobody else has it: pass --base_model with its name on the Hub")
+    model.config.base_model_name_or_path = base_model or hub_name(base)
+    if base_model:
+        model.config.base_model_revision = None
+    require_free(folder, sum(p.nbytes for p in model.parameters()), "what is to be uploaded")
+    with machine_faults(folder):
+        model.save_pretrained(folder, cross_attn_only=what == CROSS_ATTENTION)
+        tokenizer.save_pretrained(folder)
+        card = model_card(repository, what, model, find_origin(checkpoint, manifest, base, data_path))
+        card.save(folder / "README.md")
+
+
+def find_origin(
+    checkpoint: str | Path, manifest: dict[str, Any], base: str | None, data_path: str | Path | None
+) -> Origin:
+    """What is known of a checkpoint: from its manifest, and from the files of its run beside it."""
+    folder = find_model(checkpoint)
+    scores = _json(output_folder(str(checkpoint)) / SCORES)
+    if not scores and folder.name == FINAL:
+        scores = _json(folder.parent / SCORES)  # of the run, whose model this is
+    data: dict[str, Any] = {}
+    if data_path:
+        read = store.load_manifest(data_path)
+        name = str(read.source["dataset"])
+        data = {
+            "data": Path(name).name if "dataset_contents" in read.source else name,
+            "data_repository": None if "dataset_contents" in read.source else hub_name(name),
+            "rows": read.counts.rows,
+        }
+    return Origin(
+        base=hub_name(base) or Path(base or "the base").name,
+        base_repository=hub_name(base),
+        step=manifest.get("step"),
+        experiment=manifest.get("experiment", {}),
+        scores=scores,
+        metrics=_metrics(folder.parent / "metrics.jsonl", manifest.get("step")),
+        **data,
+    )
+
+
+def _metrics(file: Path, step: int | None) -> dict[str, Any]:
+    """What was measured at `step`, while training."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row.get("step") == step and "eval_em" in row:
+                    found = row
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DamagedData(f"{file} is not JSON: evaluate again") from error
+
+
+def check_repository(repository: str) -> None:
+    """Raise `DsskError` for a name that cannot be one, or if nobody is logged in. Asks nothing of the Hub."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise DsskError(
+            f"the repository is {repository!r}, want USER/NAME: {str(error).splitlines()[0]}"
+        ) from None
+    if get_token() is None:
+        raise DsskError("nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Upload a prepared folder; returns the address of the model's page."""
+    api = HfApi()
+    try:
+        page = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(page.repo_id).private:
+            raise DsskError(
+                f"{page.repo_id} exists and everyone can read it: pass --private false, or another name"
+            )
+        api.upload_folder(
+            repo_id=page.repo_id, folder_path=folder, allow_patterns=FILES, commit_message="Upload the model"
+        )
+    except Exception as error:
+        # The Hub's own errors are OSErrors, those of its transport of httpx or httpx2, by its version.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
+        reason = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
+        raise EnvironmentFault(f"not uploaded to {repository}: {reason}; nothing here is lost") from error
+    return str(page)
+
+
+def main() -> None:
+    parser = Parser(prog="python -m dssk.publish", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's folder, or a checkpoint or fused model in it"
+    )
+    parser.add_argument("--repo", help="USER/NAME on the Hub")
+    parser.add_argument(
+        "--what", choices=(FUSED, CROSS_ATTENTION), default=FUSED, help="%(default)s if not given"
+    )
+    parser.add_argument(
+        "--private",
+        type=bool_flag,
+        nargs="?",
+        const=True,
+        default=True,
+        help="false: everyone can read it (true)",
+    )
+    parser.add_argument("--output", type=Path, help="new folder for what would be uploaded; nothing is")
+    parser.add_argument(
+        "--base_model", type=optional_str, help="the base's name on the Hub, if it was not loaded from there"
+    )
+    parser.add_argument(
+        "--data_path", type=optional_str, help="folder of the training data, for the model card"
+    )
+    args = parser.parse_args()
+    quiet_libraries()
+    if args.output:
+        write(args)
+    elif args.repo:
+        print(publish(args.checkpoint, args.repo, args.what, args.private, args.base_model, args.data_path))
+    else:
+        raise DsskError("want --repo USER/NAME to upload to, or --output DIR to look at it before")
+
+
+def write(args: Any) -> None:
+    """The dry run: `args.output` appears when it is whole."""
+    output: Path = args.output
+    if output.exists():
+        raise DsskError(f"--output {output} exists: want a new folder")
+    with machine_faults(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=output.parent) as temp:
+            folder = Path(temp) / output.name
+            folder.mkdir()
+            prepare(
+                args.checkpoint, folder, args.repo or output.name, args.what, args.base_model, args.data_path
+            )
+            folder.rename(output)
+    print(f"{output}: {size(sum(file.stat().st_size for file in output.iterdir()))}, nothing was uploaded")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

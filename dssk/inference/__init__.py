@@ -1,0 +1,1 @@
+"""From a text to an answer: tokenizing, loading a model, encoding, reading, generating."""

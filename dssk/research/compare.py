@@ -1,0 +1,232 @@
+"""Compare cached contexts with what one would do without them, on one base: `python -m dssk.evaluation.compare --help`.
+
+Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
+context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
+(`lora_prompted`) or whole (`full_prompted`). Controls and two heuristics stand beside them. What is finished is kept:
+the same command goes on where it was stopped.
+"""
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dssk.errors import DsskError, run
+from dssk.evaluation.evaluate import CONTROLS
+from dssk.evaluation.predictions import answer_all, discard_partial
+from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
+from dssk.evaluation.scores import score
+from dssk.inference.generate import MAX_NEW_TOKENS
+from dssk.research import cost
+from dssk.research.finetune import RATE_FACTORS
+from dssk.research.prompted import cache_bytes_per_token, make_prompt
+from dssk.research.systems import HEURISTICS, SYSTEMS, Systems
+from dssk.utils import files
+from dssk.utils.console import quiet_libraries
+from dssk.utils.flags import Parser, bool_flag, nearest, positive_int
+from dssk.utils.ranks import Ranks
+
+TABLE, COST = "table.json", "cost.json"
+TIMED_QUESTIONS = 9
+COST_COLUMNS = ("trained_parameters", "bytes_per_context_token", "first_token_s", "tokens_per_s")
+
+Row = dict[str, Any]
+
+
+def compare(args: Namespace) -> list[Row]:
+    """Answer with every system, measure what answering costs, and write the table."""
+    names = system_list(args.systems)
+    files.make_folder(Path(args.output))
+    systems = Systems(args)
+    sets = question_sets(systems, args)
+    scores = {
+        (data, name): answer(systems, name, data, questions)
+        for name in [*names, *HEURISTICS]
+        for data, questions in sets.items()
+    }
+    costs = measure_costs(systems, names, next(iter(sets.values())))
+    table = [
+        row
+        for data, questions in sets.items()
+        for name in [*names, *HEURISTICS]
+        for row in rows_of(
+            name, data, scores[data, name], costs.get(name, {}), systems.settings(name, questions)
+        )
+    ]
+    files.publish_json(systems.output / TABLE, table)
+    return table
+
+
+def question_sets(systems: Systems, args: Namespace) -> dict[str, QuestionSet]:
+    """The sets to score on by name: `val` of the store, then those of `--eval`."""
+    paths = {"val": args.data_path}
+    for entry in args.eval:
+        name, separator, path = entry.partition("=")
+        if not separator or not name.replace("_", "").replace("-", "").isalnum() or name in paths:
+            raise DsskError(
+                f"--eval got {entry!r}, want name=STORE_OR_FILE with a new name of letters and digits"
+            )
+        paths[name] = path
+    for path in paths.values():
+        check_encodings(path, systems.folder, systems.config)
+    return {
+        name: load_questions(path, systems.tokenizer, systems.config, limit=args.max_questions)
+        for name, path in paths.items()
+    }
+
+
+def answer(systems: Systems, name: str, data: str, questions: QuestionSet) -> dict[str, Any]:
+    """The scores (see `scores.score`) of a system on a set of questions; answered unless that was done before."""
+    settings = systems.settings(name, questions)
+    label = f"{data}-{name.replace('/', '-')}"
+    file = systems.output / f"scores-{label}.json"
+    path = systems.output / f"predictions-{label}.jsonl"
+    if file.is_file() and path.is_file():
+        kept = json.loads(file.read_text())
+        if kept["settings"] == settings:
+            return kept["scores"]
+    system = systems.answering(name, questions)
+    predictions = answer_all(questions, system, path, settings, systems.args.eval_batch_size, Ranks(0, 1, 0))
+    scores = score(predictions, CONTROLS)
+    files.publish_json(file, {"settings": settings, "scores": scores})
+    discard_partial(path)
+    return scores
+
+
+def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:
+    """The cost columns of all systems, measured together on some of the questions."""
+    positions = systems.config.max_position_embeddings
+    chosen = [
+        make_prompt(systems.tokenizer, questions.rows[i], positions, cost.NEW_TOKENS)
+        for i in spread(len(questions), TIMED_QUESTIONS)
+    ]
+    num_bytes = dict.fromkeys(names, 0)
+    timed: dict[str, cost.Generate] = {}
+    with tempfile.TemporaryDirectory(dir=systems.output) as folder:
+        for name in names:
+            model = systems.model(name)
+            if name == "cross_attention":
+                timed[name] = cost.cross_attending(systems.fused, chosen, Path(folder) / "states")
+                num_bytes[name] = questions.bytes_per_context_token
+            elif name == "prompted_prefix_cache":
+                timed[name] = cost.prefix_cached(model, chosen, Path(folder) / "prefix_cache")
+                num_bytes[name] = cache_bytes_per_token(model)
+            else:
+                timed[name] = cost.prompting(model)
+        seconds = cost.measure(timed, chosen)
+    return {
+        name: {
+            "trained_parameters": systems.trained_parameters(name),
+            "bytes_per_context_token": num_bytes[name],
+            **seconds[name],
+        }
+        for name in names
+    }
+
+
+def rows_of(name: str, data: str, scores: dict[str, Any], costs: Row, settings: dict[str, Any]) -> list[Row]:
+    """A system's row of table.json for one set of questions, then those of its controls, which cost nothing more."""
+    rows: list[Row] = []
+    for control, scored in scores.items():
+        if not isinstance(scored, dict):
+            continue
+        own = control == "with_context"
+        row: Row = {"system": name if own else f"{name}/{control}", "data": data}
+        row |= {key: value for key, value in scored.items() if not key.startswith("by_")}
+        row |= {column: costs.get(column) if own else None for column in COST_COLUMNS}
+        if own:
+            row["settings"] = settings
+        rows.append(row)
+    rows[0] |= {key: value for key, value in scores.items() if key.startswith("right_beats_wrong")}
+    return rows
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Rows of table.json or cost.json for a terminal."""
+    head = f"{'':36}{'EM':>7}{'95 %':>15}{'F1':>7}{'NLL':>7}{'trained':>13}{'bytes/tok':>10}{'first s':>10}{'tok/s':>8}"
+    lines, data = [head], None
+    for row in rows:
+        if row.get("data") != data:
+            data = row["data"]
+            lines.append(f"{data}, {row['n']} questions")
+        interval = f"{row['em_low']:.3f}..{row['em_high']:.3f}" if "em" in row else ""
+        lines.append(
+            f"  {row['system']:34}{_cell(row, 'em', '.3f'):>7}{interval:>15}{_cell(row, 'f1', '.3f'):>7}"
+            f"{_cell(row, 'answer_nll', '.2f'):>7}{_cell(row, 'trained_parameters', ','):>13}"
+            f"{_cell(row, 'bytes_per_context_token', ','):>10}{_cell(row, 'first_token_s', '.4f'):>10}"
+            f"{_cell(row, 'tokens_per_s', '.1f'):>8}"
+        )
+    return "\n".join(lines)
+
+
+def _cell(row: Row, key: str, style: str) -> str:
+    return "" if row.get(key) is None else format(row[key], style)
+
+
+def system_list(text: str) -> list[str]:
+    """Parse the names of systems, divided by commas."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SYSTEMS:
+            raise DsskError(f"no system {name!r}{nearest(name, SYSTEMS)}: want some of {','.join(SYSTEMS)}")
+    return [system for system in SYSTEMS if system in names]
+
+
+def main() -> None:
+    parser = Parser(prog="python -m dssk.evaluation.compare", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
+    parser.add_argument("--data_path", required=True, help="store: trains on its train split, scores on val")
+    parser.add_argument("--output", default="runs/compare", help="folder to write (%(default)s)")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="some of %(default)s")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="NAME=STORE_OR_FILE",
+        help="score on these questions as well; may be given several times",
+    )
+    parser.add_argument(
+        "--max_questions", type=positive_int, help="score this many of each set, spread over it"
+    )
+    parser.add_argument(
+        "--eval_batch_size", type=positive_int, default=32, help="questions answered at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer (%(default)s)"
+    )
+    training = parser.add_argument_group("fine-tuning of lora_prompted and full_prompted")
+    training.add_argument("--steps", type=positive_int, help="optimizer steps (as many as the checkpoint's)")
+    training.add_argument("--batch_size", type=positive_int, help="prompts a step (as the checkpoint's)")
+    training.add_argument(
+        "--learning_rate",
+        type=float,
+        help=f"at its peak (LoRA {RATE_FACTORS['lora']:g}, whole {RATE_FACTORS['full']:g} times the checkpoint's)",
+    )
+    training.add_argument("--lora_rank", type=positive_int, default=16, help="(%(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")
+    parser.add_argument(
+        "--medium_cost",
+        type=bool_flag,
+        default=True,
+        metavar="BOOL",
+        help="also measure a random model of 124 million parameters at contexts of 1500 tokens, a minute or two "
+        f"on a CPU, unless {COST} is there (%(default)s)",
+    )
+    args = parser.parse_args()
+    quiet_libraries()
+    table = compare(args)
+    print(f"{render(table)}\n{Path(args.output) / TABLE}")
+    file = Path(args.output) / COST
+    if args.medium_cost and not file.is_file():
+        with tempfile.TemporaryDirectory(dir=args.output) as folder:
+            files.publish_json(file, cost.medium(Path(folder)))
+    if file.is_file():
+        print(f"random weights, contexts of {cost.MEDIUM_CONTEXT} tokens")
+        print(f"{render(json.loads(file.read_text()))}\n{file}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

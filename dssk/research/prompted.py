@@ -1,0 +1,163 @@
+"""Answers of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
+
+A prompt is `context: ... \n question: ... \n answer:`. One that would leave no room for the answer within the model's
+positions has its context cut at the end. Shapes: L layers, K key/value heads, S tokens, D head size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save
+from transformers import DynamicCache, GPTBigCodeForCausalLM, PreTrainedTokenizerBase
+
+from dssk import prompts
+from dssk.evaluation.predictions import Answers
+from dssk.evaluation.questions import Question, QuestionSet
+from dssk.inference.answering import tokenize_context
+from dssk.inference.base import kv_cache_values
+from dssk.inference.generate import MAX_NEW_TOKENS, Tokens, answer_tokens, generate_batch, nll_batch
+from dssk.utils import files
+
+
+class Prompt(NamedTuple):
+    """The two parts of a prompt, tokenized apart: what the model makes of the context serves every question."""
+
+    context: Tokens
+    question: Tokens
+    was_cut: bool  # the context's end was left out
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.context + self.question
+
+
+def make_prompt(
+    tokenizer: PreTrainedTokenizerBase, asked: Question, positions: int, new_tokens: int
+) -> Prompt:
+    """The prompt for a question, with room for `new_tokens` after it in a model of so many positions."""
+    context = tokenize_context(tokenizer, asked.context)
+    text = prompts.question_after_context(asked.question)
+    question = tokenizer(text, add_special_tokens=False)["input_ids"]
+    room = max(positions - len(question) - new_tokens, 0)
+    return Prompt(context[:room], question, len(context) > room)
+
+
+class PromptedSystem:
+    """A plain model that reads context and question anew for every answer."""
+
+    def __init__(
+        self,
+        model: GPTBigCodeForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: QuestionSet,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.targets = [answer_tokens(tokenizer, row.answers[0]) for row in questions.rows]
+        positions = model.config.max_position_embeddings
+        self.prompts = [
+            make_prompt(tokenizer, row, positions, max(max_new_tokens, len(target)))
+            for row, target in zip(questions.rows, self.targets, strict=True)
+        ]
+
+    @property
+    def num_cut(self) -> int:
+        """How many prompts lost the end of their context."""
+        return sum(prompt.was_cut for prompt in self.prompts)
+
+    def __call__(self, rows: list[int]) -> list[Answers]:
+        chosen, targets = [self.prompts[row] for row in rows], [self.targets[row] for row in rows]
+        with torch.no_grad():
+            texts = generate_batch(
+                self.model, self.tokenizer, max_new_tokens=self.max_new_tokens, **self._inputs(chosen)
+            )
+            losses = nll_batch(self.model, self.tokenizer, targets=targets, **self._inputs(chosen))
+        return [{"with_context": answer} for answer in zip(texts, losses, strict=True)]
+
+    def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:
+        return {"prompted": [prompt.tokens for prompt in chosen]}
+
+
+class PrefixCachedSystem(PromptedSystem):
+    """The same with the keys and values of every context read from disk: its answers are those of `PromptedSystem`."""
+
+    def __init__(
+        self,
+        model: GPTBigCodeForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: QuestionSet,
+        folder: Path,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ):
+        super().__init__(model, tokenizer, questions, max_new_tokens)
+        self.cache = PrefixCache(model, folder)
+
+    def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:
+        prefixes = [prompt.context for prompt in chosen]
+        return {
+            "prompted": [prompt.question for prompt in chosen],
+            "prefixes": prefixes,
+            "past_key_values": self.cache.load(prefixes),
+        }
+
+
+class PrefixCache:
+    """Keys and values of contexts on disk, in the model's own type: a safetensors file each, made when first asked for.
+
+    The folder must belong to one model.
+    """
+
+    def __init__(self, model: GPTBigCodeForCausalLM, folder: Path):
+        self.model = model
+        self.folder = folder
+        files.make_folder(folder)
+
+    def load(self, contexts: Sequence[Tokens]) -> DynamicCache:
+        """The cache of B contexts, padded on the left; for `generate`, which extends it."""
+        longest = max(map(len, contexts))
+        stored = [self._read(context) for context in contexts]
+        keys, values = (
+            torch.stack(
+                [torch.nn.functional.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts], 1
+            )
+            for parts in zip(*stored, strict=True)
+        )  # (L, B, K, longest, D)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(key.to(self.model.device), value.to(self.model.device), layer)
+        return cache
+
+    def _read(self, context: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (L, K, S, D) of one context."""
+        path = self.path(context)
+        if not path.exists():
+            self._write(context)
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("keys"), file.get_tensor("values")
+
+    def _write(self, context: Tokens) -> None:
+        with torch.no_grad():
+            ids = torch.tensor([context], device=self.model.device)
+            layers = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+        tensors = {
+            "keys": torch.cat([layer.keys for layer in layers]).cpu().contiguous(),
+            "values": torch.cat([layer.values for layer in layers]).cpu().contiguous(),
+        }
+        with files.publish(self.path(context)) as file:
+            file.write(save(tensors))
+
+    def path(self, context: Tokens) -> Path:
+        """Where the cache of a context lies."""
+        digest = xxhash.xxh3_128_hexdigest(torch.tensor(context).numpy().tobytes())
+        return self.folder / f"{digest}.safetensors"
+
+
+def cache_bytes_per_token(model: GPTBigCodeForCausalLM) -> int:
+    """Bytes of keys and values that a model keeps for a token, in its own type."""
+    return kv_cache_values(model.config) * model.dtype.itemsize

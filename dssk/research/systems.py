@@ -1,0 +1,148 @@
+"""The systems that are compared: how each is made, by which settings, and what answers with it."""
+
+from argparse import Namespace
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPTBigCodeForCausalLM
+
+from dssk import prompts
+from dssk.checkpoint import MANIFEST, load_manifest
+from dssk.errors import DsskError
+from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, checkpoint_fingerprint
+from dssk.evaluation.predictions import System
+from dssk.evaluation.questions import QuestionSet, load_questions
+from dssk.inference.base import load_base
+from dssk.inference.fingerprint import model_fingerprint
+from dssk.inference.loading import find_model, load_model
+from dssk.research.finetune import RATE_FACTORS, FineTuning, fine_tuned
+from dssk.research.heuristics import HeuristicSystem
+from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
+
+SYSTEMS = ("cross_attention", "prompted", "prompted_prefix_cache", "lora_prompted", "full_prompted")
+HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
+_METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
+
+
+class Systems:
+    """A checkpoint and everything that is compared with it on its base; a model is made when first asked for.
+
+    `args` are the flags of `dssk.evaluation.compare`.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args = args
+        self.output = Path(args.output)
+        self.folder = find_model(args.checkpoint)
+        self.fused, self.tokenizer = load_model(self.folder)
+        self.fused.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.config = self.fused.config
+        if not self.config.base_model_name_or_path:
+            raise DsskError(
+                f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
+            )
+        self._plain: dict[str, tuple[GPTBigCodeForCausalLM, int]] = {}
+
+    def model(self, system: str) -> GPTBigCodeForCausalLM:
+        """The model that answers for a system."""
+        return self.fused if system == "cross_attention" else self._get(system)[0]
+
+    def trained_parameters(self, system: str) -> int:
+        """How many parameters were trained to make a system from the base."""
+        return self.fused.trainable_parameters()[0] if system == "cross_attention" else self._get(system)[1]
+
+    def _get(self, system: str) -> tuple[GPTBigCodeForCausalLM, int]:
+        """A plain model and how many of its parameters were trained."""
+        name = system if system in _METHODS else "base"
+        if name not in self._plain:
+            model, trained = self._fine_tuned(system) if system in _METHODS else (self._base(), 0)
+            self._plain[name] = model.to(self.fused.device), trained
+        return self._plain[name]
+
+    def _base(self) -> GPTBigCodeForCausalLM:
+        config = self.config
+        return load_base(config.base_model_name_or_path, config.base_model_revision, dtype=self.fused.dtype)
+
+    def _fine_tuned(self, system: str) -> tuple[GPTBigCodeForCausalLM, int]:
+        return fine_tuned(
+            self.config.base_model_name_or_path,
+            self.config.base_model_revision,
+            self.tokenizer,
+            self.train_questions.rows,
+            self.fine_tuning(system),
+            self.output / system,
+        )
+
+    @cached_property
+    def train_questions(self) -> QuestionSet:
+        return load_questions(self.args.data_path, self.tokenizer, self.config, "train")
+
+    def fine_tuning(self, system: str) -> FineTuning:
+        """How a system is trained: as long and on as many rows a step as the checkpoint, if flags say nothing else."""
+        args, experiment = self.args, self._experiment
+        method = _METHODS[system]
+        rows = experiment.get("train_batch_size", 32) * experiment.get("skip_steps", 1)
+        return FineTuning(
+            method=method,  # type: ignore[arg-type]
+            base=self.base_fingerprint,
+            data=self.train_questions.fingerprint,
+            loss_on=experiment.get("loss_on", "all"),
+            steps=args.steps or experiment.get("step") or 1000,
+            batch_size=args.batch_size or rows,
+            learning_rate=args.learning_rate or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
+            lora_rank=args.lora_rank,
+            seed=args.seed,
+        )
+
+    @cached_property
+    def _experiment(self) -> dict[str, Any]:
+        """What the checkpoint was trained with, and its step, so far as it is known."""
+        if not (self.folder / MANIFEST).is_file():
+            return {}
+        manifest = load_manifest(self.folder)
+        return {**manifest.get("experiment", {}), "step": manifest.get("step")}
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """What tells the base from other models."""
+        config = self.config
+        return model_fingerprint(config.base_model_name_or_path, config, config.base_model_revision)
+
+    def settings(self, system: str, questions: QuestionSet) -> dict[str, Any]:
+        """All that decides a system's answers to some questions."""
+        settings: dict[str, Any] = {
+            "system": system,
+            "questions": questions.fingerprint,
+            "eval_batch_size": self.args.eval_batch_size,
+            "max_new_tokens": self.args.max_new_tokens,
+            "template_version": prompts.TEMPLATE_VERSION,
+        }
+        if system == "cross_attention":
+            settings["checkpoint"] = checkpoint_fingerprint(self.folder)
+        elif system in _METHODS:
+            settings |= asdict(self.fine_tuning(system))
+        elif system not in HEURISTICS:
+            settings["base"] = self.base_fingerprint
+        return settings
+
+    def answering(self, system: str, questions: QuestionSet) -> System:
+        """What answers the questions; contexts that a prompt has no room for are counted and printed."""
+        new_tokens = self.args.max_new_tokens
+        if system in HEURISTICS:
+            return HeuristicSystem(system.removeprefix("heuristic/"), questions)
+        if system == "cross_attention":
+            return CrossAttentionSystem(self.fused, self.tokenizer, questions, CONTROLS, new_tokens)
+        model = self.model(system)
+        if system == "prompted_prefix_cache":
+            folder = self.output / "prefix_cache" / self.base_fingerprint
+            return PrefixCachedSystem(model, self.tokenizer, questions, folder, new_tokens)
+        prompted = PromptedSystem(model, self.tokenizer, questions, new_tokens)
+        if prompted.num_cut:
+            room = model.config.max_position_embeddings
+            print(
+                f"{system}: {prompted.num_cut} of {len(questions)} contexts were cut to fit {room} positions"
+            )
+        return prompted

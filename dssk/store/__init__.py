@@ -1,0 +1,1 @@
+"""Encoded contexts on disk: their format, checking it, and libraries that grow."""

@@ -1,0 +1,77 @@
+"""Say what is in a store of encoded contexts.
+
+python -m dssk.data.inspect DIR [--plot lengths.png]
+"""
+
+import sys
+from pathlib import Path
+
+from dssk.data.plan import describe
+from dssk.errors import run
+from dssk.store import format as store
+from dssk.store.format import HISTOGRAM_BIN_TOKENS
+from dssk.utils import files
+from dssk.utils.flags import Parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder made by preproc_nq.py")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of the contexts")
+    args = parser.parse_args(argv)
+    manifest = store.load_manifest(args.folder)
+    print("\n".join(f"{name:14}{text}" for name, text in summary(manifest).items()))
+    if args.plot:
+        plot_lengths(manifest, args.plot)
+
+
+def summary(manifest: store.Manifest) -> dict[str, str]:
+    """What a store holds, in words, by topic."""
+    counts = manifest.counts
+    revision = f" at {manifest.model_revision}" if manifest.model_revision else ""
+    source = ", ".join(f"{name} {value}" for name, value in manifest.source.items() if value is not None)
+    topics = {
+        "model": f"{manifest.model_id}{revision}, computed in {manifest.model_dtype}",
+        "rows": describe(counts.rows),
+        "source": source,
+        "read": f"{counts.read} rows; dropped: {describe(counts.dropped)}; malformed: {len(counts.bad_rows)}",
+        "contexts": f"{counts.contexts}, of {counts.tokens} tokens together",
+        "lengths": f"about {_quantile(counts, 0.5)} (median), {_quantile(counts, 0.95)} (95 %), "
+        f"{_quantile(counts, 1.0)} (longest) tokens",
+        "truncated": f"{counts.truncated} to {manifest.maximum_input_length} tokens",
+        "encodings": "none: texts only",
+    }
+    if manifest.storage_dtype is not None:
+        num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+        shape = f"{manifest.storage_dtype} x {manifest.hidden_size}"
+        topics["encodings"] = f"{files.size(num_bytes)} in {len(manifest.shards)} shards, {shape}"
+    return topics
+
+
+def _quantile(counts: store.Counts, share: float) -> int:
+    """The tokens that `share` of the contexts do not exceed, up to the width of a bin."""
+    below = 0
+    for index, number in enumerate(counts.length_histogram):
+        below += number
+        if below >= share * counts.contexts:
+            return (index + 1) * HISTOGRAM_BIN_TOKENS
+    return 0
+
+
+def plot_lengths(manifest: store.Manifest, path: Path) -> None:
+    """Draw how many contexts have how many tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    histogram = manifest.counts.length_histogram
+    axes.stairs(histogram, [i * HISTOGRAM_BIN_TOKENS for i in range(len(histogram) + 1)], fill=True)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("contexts")
+    axes.set_title(f"{manifest.counts.contexts} contexts, {manifest.counts.tokens} tokens")
+    with files.machine_faults(path):
+        figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,112 @@
+import json
+import sys
+
+import pytest
+
+from dssk.errors import DsskError
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.research import compare, cost
+from dssk.research.compare import SYSTEMS, system_list
+from tests.conftest import fused, question_rows
+
+COLUMNS = {
+    *("system", "data", "n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high", "rouge_l", "span_em"),
+    *("answer_nll", "trained_parameters", "bytes_per_context_token", "first_token_s", "tokens_per_s"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "fused"
+    fused(base_path).save_pretrained(folder)
+    load_tokenizer(base_path).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_compare(checkpoint, store_path, tmp_path, monkeypatch):
+    """Run the command with these flags; returns the table. Costs are measured on two questions."""
+    monkeypatch.setattr(compare, "TIMED_QUESTIONS", 2)
+    monkeypatch.setattr(cost, "NEW_TOKENS", 3)
+
+    def run(*flags):
+        argv = ["--checkpoint", checkpoint, "--data_path", store_path, "--output", tmp_path / "out"]
+        argv += ["--medium_cost", "false", "--max_new_tokens", 4, "--max_questions", 6]
+        argv += ["--steps", 2, "--batch_size", 2, "--lora_rank", 2, *flags]
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, argv)])
+        compare.main()
+        return json.loads((tmp_path / "out" / "table.json").read_text())
+
+    return run
+
+
+def test_every_system_is_scored_on_every_set_and_costed(run_compare, tmp_path, capsys):
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in question_rows(4)))
+    table = run_compare("--eval", f"other={file}")
+    rows = {(row["data"], row["system"]): row for row in table}
+    assert len(rows) == len(table)
+    for data, count in (("val", 6), ("other", 4)):
+        for system in SYSTEMS:
+            row = rows[data, system]
+            assert row["n"] == count
+            assert set(row) >= COLUMNS
+            assert None not in {row[column] for column in COLUMNS}
+            lines = (tmp_path / "out" / f"predictions-{data}-{system}.jsonl").read_text().splitlines()
+            assert len(lines) == count
+        for other in ("no_context", "wrong_context", "shuffled_tokens"):
+            assert rows[data, f"cross_attention/{other}"]["first_token_s"] is None
+        assert set(rows[data, "heuristic/overlap"]) >= COLUMNS
+        assert rows["other", "cross_attention/other_question"]["n"] == 4
+        cold, cached = rows[data, "prompted"], rows[data, "prompted_prefix_cache"]
+        assert all(cold[column] == cached[column] for column in ("em", "f1", "answer_nll"))
+
+    val = {system: rows["val", system] for system in SYSTEMS}
+    bytes_per_token = {system: row["bytes_per_context_token"] for system, row in val.items()}
+    assert bytes_per_token == dict.fromkeys(SYSTEMS, 0) | {
+        "cross_attention": 64,
+        "prompted_prefix_cache": 256,
+    }
+    trained = [val[system]["trained_parameters"] for system in SYSTEMS]
+    assert trained[1] == trained[2] == 0
+    assert 0 < trained[3] < trained[0] < trained[4]
+    printed = capsys.readouterr().out
+    assert all(f"  {system} " in printed for system in SYSTEMS)
+    assert "val, 6 questions" in printed
+    assert "other, 4 questions" in printed
+
+
+def test_what_is_finished_is_kept_and_what_settings_change_is_not(run_compare, tmp_path, monkeypatch, capsys):
+    systems = ("--systems", "cross_attention,lora_prompted")
+    first = run_compare(*systems)
+    answered: list[str] = []
+    original = compare.answer_all
+
+    def counting(questions, system, path, *args):
+        answered.append(path.name)
+        return original(questions, system, path, *args)
+
+    monkeypatch.setattr(compare, "answer_all", counting)
+    capsys.readouterr()
+    again = run_compare(*systems)
+    assert answered == []
+    assert "step 2/2" not in capsys.readouterr().out
+    scores = [[row["em"], row["f1"], row["answer_nll"]] for row in again]
+    assert scores == [[row["em"], row["f1"], row["answer_nll"]] for row in first]
+    run_compare(*systems, "--seed", 1)
+    assert answered == ["predictions-val-lora_prompted.jsonl"]
+
+
+def test_contexts_that_are_cut_are_counted(run_compare, tmp_path, capsys):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"context": "x" * 500, "question": "q", "answer": "a"}))
+    run_compare("--systems", "prompted", "--eval", f"long={file}")
+    assert "prompted: 1 of 1 contexts were cut to fit 256 positions" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(run_compare):
+    with pytest.raises(DsskError, match="'lora_promted', did you mean lora_prompted"):
+        system_list("lora_promted")
+    for entry in ("nothing", "val=x", "a/b=x"):
+        with pytest.raises(DsskError, match="want name=STORE_OR_FILE"):
+            run_compare("--eval", entry)

@@ -1,0 +1,60 @@
+import time
+
+import pytest
+import torch
+
+from dssk.research import cost
+from dssk.research.cost import Clock, cross_attending, measure, medium, prefix_cached, prompting
+from dssk.research.prompted import Prompt
+from tests.conftest import fused
+
+PROMPTS = [Prompt(list(range(5, 5 + n)), list(range(50, 60)), False) for n in (40, 60)]
+
+
+def test_medians_tell_the_first_token_from_those_after_it():
+    def generate(prompt, clock):
+        clock.put(None)
+        time.sleep(0.04)
+        clock.put(None)
+        for _ in range(4):
+            time.sleep(0.01)
+            clock.put(None)
+
+    taken = measure({"slept": generate}, PROMPTS)["slept"]
+    assert taken["first_token_s"] == pytest.approx(0.04, rel=0.5)
+    assert taken["tokens_per_s"] == pytest.approx(100, rel=0.5)
+
+
+def test_every_system_generates_all_tokens_and_reads_what_it_should(base_path, tmp_path):
+    model = fused(base_path)
+    systems = {
+        "prompted": prompting(model),
+        "cached": prefix_cached(model, PROMPTS, tmp_path / "cache"),
+        "cross": cross_attending(model, PROMPTS, tmp_path / "states"),
+    }
+    read: list[int] = []
+
+    def count(module, args):
+        read.append(args[0].shape[1])
+
+    model.transformer.register_forward_pre_hook(count)
+    for name, prompt_tokens in {"prompted": 70, "cached": 10, "cross": 10}.items():
+        clock = Clock()
+        systems[name](PROMPTS[1], clock)
+        assert len(clock.seconds) == 1 + cost.NEW_TOKENS
+        assert read == [prompt_tokens] + [1] * (cost.NEW_TOKENS - 1)
+        read.clear()
+    assert (tmp_path / "states" / "1.safetensors").stat().st_size == pytest.approx(60 * 32 * 2, abs=100)
+
+
+def test_costs_of_a_random_model_need_nothing_but_a_folder(tmp_path, monkeypatch):
+    small = {"n_embd": 32, "n_layer": 12, "n_head": 4, "vocab_size": 300, "n_positions": 256}
+    monkeypatch.setattr(cost, "MEDIUM", cost.MEDIUM | small)
+    monkeypatch.setattr(cost, "MEDIUM_CONTEXT", 100)
+    state = torch.random.get_rng_state()
+    rows = medium(tmp_path)
+    torch.random.set_rng_state(state)
+    assert [row["system"] for row in rows] == ["cross_attention", "prompted", "prompted_prefix_cache"]
+    assert [row["bytes_per_context_token"] for row in rows] == [64, 0, 2 * 12 * 8 * 4]
+    assert rows[0]["trained_parameters"] > rows[1]["trained_parameters"] == 0
+    assert all(row["first_token_s"] > 0 and row["tokens_per_s"] > 0 for row in rows)

@@ -1,0 +1,232 @@
+"""Reading a store: rows with their encodings, and refusals before anything is read wrongly."""
+
+import json
+import pickle
+import shutil
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dssk.data.plan import tokenize_contexts
+from dssk.errors import DamagedData, DsskError
+from dssk.inference.base import encode
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.store import format as store
+from tests.conftest import make_base
+
+FIELDS = ["id", "context", "question", "answer", "answers", "encoder_hidden_states"]
+
+
+@pytest.fixture(scope="module")
+def states_of(base, base_path):
+    """The states of a context as the model gives them for it alone: (n_tokens, hidden_size)."""
+    tokenizer = load_tokenizer(base_path)
+    return lambda context: encode(base, torch.tensor(tokenize_contexts(tokenizer, [context])))[0]
+
+
+def test_rows_have_the_four_fields_and_the_states_of_their_own_context(finished, states_of):
+    rows = store.load_rows(finished)
+    assert isinstance(rows, datasets.DatasetDict)
+    assert list(rows) == ["train", "val"]
+    for split in rows:
+        assert rows[split].column_names == FIELDS
+        for row in rows[split]:
+            states = row["encoder_hidden_states"]
+            expected = states_of(row["context"])
+            assert states.dtype == torch.bfloat16
+            assert states.shape == expected.shape
+            torch.testing.assert_close(states.float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_selecting_shuffling_and_slicing_keep_rows_whole(finished):
+    rows = store.load_rows(finished)["train"]
+    whole = {row["id"]: row["encoder_hidden_states"] for row in rows}
+
+    def check(part):
+        for row in part:
+            assert torch.equal(row["encoder_hidden_states"], whole[row["id"]])
+
+    check(rows.select(range(5, 20, 3)))
+    check(rows.shuffle(seed=1, keep_in_memory=True))
+    check(rows.filter(lambda row: row["id"].endswith("1"), keep_in_memory=True))
+    check(rows.select_columns(["encoder_hidden_states", "id"]))
+    batch = rows[3:7]
+    check([{name: batch[name][i] for name in batch} for i in range(4)])
+    assert rows.select_columns(["question"])[0].keys() == {"question"}
+
+
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_loader_workers_read_the_same_rows(finished, method, num_workers):
+    rows = store.load_rows(finished)["val"]
+    rows[0]  # shards that are open already must not disturb the workers
+    loader = DataLoader(rows, batch_size=None, num_workers=num_workers, multiprocessing_context=method)
+    for row, expected in zip(loader, rows, strict=True):
+        assert torch.equal(row["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+def test_reading_copies_nothing_and_writing_does_not_reach_the_file(finished):
+    rows = store.load_rows(finished)["train"]
+    first, again = rows[0]["encoder_hidden_states"], rows[0]["encoder_hidden_states"]
+    assert first.data_ptr() == again.data_ptr()
+    before = store.load_rows(finished)["train"][0]["encoder_hidden_states"].clone()
+    first.zero_()
+    assert torch.equal(store.load_rows(finished)["train"][0]["encoder_hidden_states"], before)
+
+
+def test_rows_pickle_as_paths(finished):
+    rows = store.load_rows(finished)["train"]
+    rows[0]
+    content = pickle.dumps(rows)
+    assert len(content) < 20_000
+    restored = pickle.loads(content)  # noqa: S301 - made here
+    assert torch.equal(restored[3]["encoder_hidden_states"], rows[3]["encoder_hidden_states"])
+
+
+def test_every_part_is_a_plain_dataset(finished):
+    whole = datasets.load_from_disk(str(finished))
+    assert list(whole) == ["train", "val"]
+    contexts = datasets.load_from_disk(str(finished / "contexts"))
+    row = whole["train"][7]
+    context = contexts[row["context_index"]]
+    assert context["context"] == row["context"]
+    assert len(context["encoder_hidden_states"]) == context["n_tokens"] * 32 * 2
+
+
+def test_results_of_map_on_one_store_are_not_taken_for_those_of_another(tmp_path, preprocess, source):
+    paths = [preprocess(tmp_path / str(n), source, max_examples=n) for n in (60, 70)]
+    fingerprints = {datasets.load_from_disk(str(path / "train"))._fingerprint for path in paths}
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize(("storage_dtype", "dtype", "tolerance"), [
+    ("fp32", torch.float32, 1e-4),
+    ("fp16", torch.float16, 2e-3),
+    ("bf16", torch.bfloat16, 1e-2),
+    ("int8", torch.bfloat16, 2e-2),
+])  # fmt: skip
+def test_every_storage_type_gives_back_the_states(
+    tmp_path, preprocess, source, states_of, storage_dtype, dtype, tolerance
+):
+    rows = store.load_rows(preprocess(tmp_path, source, storage_dtype=storage_dtype))["val"]
+    for row in rows:
+        states, expected = row["encoder_hidden_states"], states_of(row["context"])
+        assert states.dtype == dtype
+        error = (states.float() - expected).abs().amax(dim=1) / expected.abs().amax(dim=1)
+        assert error.max() < tolerance
+
+
+def test_int8_keeps_tokens_of_zeros_and_of_any_size():
+    states = torch.tensor([[0.0, 0.0], [1e-30, -2e-30], [3e30, 1e30], [0.5, -1.0]])
+    values, scale = store.quantize(states, "int8")
+    assert scale is not None
+    back = values.to(torch.float32) * scale.float()[:, None]
+    assert torch.all((back - states).abs() <= states.abs().amax(dim=1, keepdim=True) / 127)
+
+
+def test_a_store_of_texts_has_rows_without_states(tmp_path, preprocess, source):
+    path = preprocess(tmp_path, source, text_only=True)
+    assert not (path / "contexts").exists()
+    assert store.load_rows(path)["train"].column_names == FIELDS[:-1]
+    store.check_model(store.load_manifest(path), "any/model")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(finished, tmp_path):
+    """A copy of a finished store, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "damaged")
+
+
+def test_the_manifest_says_what_was_encoded(finished, base_path):
+    manifest = store.load_manifest(finished)
+    assert manifest.model_id == str(base_path)
+    assert manifest.hidden_size == 32
+    assert manifest.model_dtype == "float32"
+    assert manifest.storage_dtype == "bf16"
+    assert manifest.maximum_input_length == 256
+    assert sum(shard.tokens for shard in manifest.shards) == manifest.counts.tokens
+    assert len(manifest.files) == 1 + 3 + 3 + 2 + 2 * 5
+
+
+def test_a_folder_without_manifest_is_unfinished(damaged, tmp_path):
+    (damaged / "manifest.json").unlink()
+    with pytest.raises(DsskError, match="unfinished"):
+        store.load_rows(damaged)
+    with pytest.raises(DsskError, match="no such folder"):
+        store.load_rows(tmp_path / "nowhere")
+
+
+def test_any_change_of_the_manifest_is_found(damaged):
+    path = damaged / "manifest.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[position] ^= 1 << (position % 8)
+        path.write_bytes(changed)
+        with pytest.raises(DsskError):
+            store.load_manifest(damaged)
+    for cut in range(0, len(content), 101):
+        path.write_bytes(content[:cut])
+        with pytest.raises(DamagedData):
+            store.load_manifest(damaged)
+
+
+def test_a_store_of_a_later_format_is_refused(damaged):
+    path = damaged / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(DsskError, match="format version 99, this dssk reads 1"):
+        store.load_rows(damaged)
+
+
+def test_a_missing_or_shortened_file_is_found_on_opening(damaged):
+    shard = damaged / "contexts" / "data-00002-of-00005.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(DamagedData, match=r"data-00002-of-00005.arrow has \d+ bytes, not \d+: run"):
+        store.load_rows(damaged)
+    shard.unlink()
+    with pytest.raises(DamagedData, match=r"data-00002-of-00005.arrow is missing"):
+        store.load_rows(damaged)
+
+
+def test_the_model_that_encoded_is_accepted_wherever_it_lies(finished, base_path, tmp_path):
+    manifest = store.load_manifest(finished)
+    store.check_model(manifest, base_path)
+    store.check_model(manifest, shutil.copytree(base_path, tmp_path / "moved"))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 1}, "other weights"),
+        ({"n_embd": 64}, "hidden size 32, not 64"),
+        ({"n_head": 2}, "other weights"),
+    ],
+)
+def test_another_model_is_refused_before_its_weights_are_loaded(
+    finished, tmp_path, monkeypatch, change, difference
+):
+    other = make_base(tmp_path / "other", **change)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *args: pytest.fail("weights were loaded"))
+    with pytest.raises(DsskError, match=difference):
+        store.check_model(store.load_manifest(finished), other)
+
+
+def test_another_tokenizer_is_refused(finished, base_path, tmp_path):
+    other = shutil.copytree(base_path, tmp_path / "other")
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DsskError, match="another tokenizer"):
+        store.check_model(store.load_manifest(finished), other)
+
+
+def test_another_template_is_refused(finished, base_path, monkeypatch):
+    monkeypatch.setattr("dssk.prompts.TEMPLATE_VERSION", 2)
+    with pytest.raises(DsskError, match="prompt template 1, this dssk uses 2"):
+        store.check_model(store.load_manifest(finished), base_path)
