@@ -1,0 +1,221 @@
+"""The folder of a run, `SAVEDIR_BASE/<experiment id>/`: every name in it, and the one reader of each.
+
+    exp_dict.json               the experiment; written by training or, before it, by the submission of a job
+    status.json                 how the run stands; written by training
+    metrics.jsonl               all that was logged, an object a line; appended to by training
+    checkpoint-N/, final/, best/    models, see `checkpoint.py`; written by training, `final` and `best` by its end
+    wandb.json                  the run at Weights & Biases; written by training
+    scores.json, predictions.jsonl  of the newest evaluation; also inside a model's folder
+    report.html, report-*.png, attention.json   written by the report
+    job_dict.json, job.sh, job_ended, code/, logs.txt, err.txt   of the run's job; written by its submission and itself
+
+Beside it lie `.<experiment id>.lock`, which its one writer holds, and `deleted/`, where a reset moves it.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dssk.checkpoint import FINAL, checkpoint_folders, checkpoint_step, load_manifest
+from dssk.config import experiment_id
+from dssk.errors import DamagedData, DsskError
+from dssk.utils.files import machine_faults, publish_json
+from dssk.utils.json_files import read_json, read_objects
+
+EXP_DICT = "exp_dict.json"
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+WANDB = "wandb.json"
+SCORES = "scores.json"
+PREDICTIONS = "predictions.jsonl"
+REPORT = "report.html"
+ATTENTION = "attention.json"
+JOB_DICT = "job_dict.json"
+JOB_SCRIPT = "job.sh"
+JOB_ENDED = "job_ended"
+JOB_CODE = "code"
+LOGS, ERRORS = "logs.txt", "err.txt"
+DELETED = "deleted"
+
+ID_DIGITS = 32
+
+
+# --- finding ----------------------------------------------------------------------------------------------------
+
+
+def find_run(path: str | Path) -> Path:
+    """The run's folder, for itself or for a folder that holds this one run. Raises `DsskError` for any other."""
+    folder = Path(path)
+    if (folder / EXP_DICT).is_file():
+        return folder
+    runs = run_folders(folder)
+    if len(runs) == 1:
+        return runs[0]
+    if runs:
+        raise DsskError(f"{path} holds {len(runs)} runs, want one of them, such as {runs[0]}")
+    raise DsskError(f"no run at {path}: want the folder with {EXP_DICT} that trainval.py made")
+
+
+def run_folders(savedir_base: Path) -> list[Path]:
+    """The folders of runs directly below `savedir_base`, by name."""
+    return [file.parent for file in sorted(savedir_base.glob(f"*/{EXP_DICT}"))]
+
+
+def lock_file(savedir: Path) -> Path:
+    """What the one writer of a run's folder holds; it lies beside the folder, which may be moved aside."""
+    return savedir.with_name(f".{savedir.name}.lock")
+
+
+def newest_model_step(savedir: Path) -> int | None:
+    """The optimizer step of the run's final model, else of its newest finished checkpoint; nothing is verified."""
+    for folder in (savedir / FINAL, *checkpoint_folders(savedir)):
+        step = model_step(folder)
+        if step is not None:
+            return step
+    return None
+
+
+def model_step(folder: Path) -> int | None:
+    """The optimizer step that a checkpoint or a fused model says it is of; None if it does not say."""
+    try:
+        return int(load_manifest(folder)["step"])
+    except (DsskError, KeyError, TypeError, ValueError):
+        return None
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------
+
+
+def read_experiment(savedir: Path) -> dict[str, Any]:
+    """The experiment of a run's folder, as it was written."""
+    return read_json(savedir / EXP_DICT, dict)
+
+
+def stored_experiment(savedir_base: Path, exp_id: str) -> dict[str, Any]:
+    """The experiment that a job was submitted for; its content must still hash to its id."""
+    if len(exp_id) != ID_DIGITS or any(c not in "0123456789abcdef" for c in exp_id):
+        raise DsskError(f"--exp_id is {exp_id!r}, want {ID_DIGITS} hexadecimal digits")
+    file = savedir_base / exp_id / EXP_DICT
+    try:
+        exp_dict = read_experiment(file.parent)
+    except FileNotFoundError:
+        raise DsskError(f"no experiment {exp_id} in {savedir_base}: {file} is missing") from None
+    if experiment_id(exp_dict) != exp_id:
+        raise DamagedData(f"{file} is not the experiment of id {exp_id}: it was changed after submission")
+    return exp_dict
+
+
+def write_experiment(savedir: Path, exp_dict: dict[str, Any]) -> None:
+    """Keep the experiment in its run's folder; one that is there already must be the same."""
+    if not (savedir / EXP_DICT).exists():
+        publish_json(savedir / EXP_DICT, exp_dict)
+    elif changed := differences(read_experiment(savedir), exp_dict):
+        raise DsskError(f"{savedir / EXP_DICT} is another experiment: {changed}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The keys whose values differ, with both values; empty if none does."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys)
+
+
+# --- what training and evaluation say ------------------------------------------------------------------------------
+
+
+def read_status(savedir: Path) -> dict[str, Any]:
+    """How training last said that it stands; empty before its start, and for a file that is no status."""
+    return _read_or_empty(savedir / STATUS)
+
+
+def read_metrics(savedir: Path) -> list[dict[str, Any]]:
+    """Everything that training logged, oldest first. A damaged line is left out: a measurement is lost, no more."""
+    return split_metrics(savedir)[0]
+
+
+def split_metrics(savedir: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of metrics.jsonl, and how many are damaged."""
+    file = savedir / METRICS
+    lines = list(read_objects(file)) if file.is_file() else []
+    whole = [line for line in lines if line is not None and _is_step(line.get("step"))]
+    return whole, len(lines) - len(whole)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_wandb(savedir: Path) -> dict[str, Any]:
+    """Id, entity, project and name at Weights & Biases; empty if training logged to none."""
+    return _read_if_there(savedir / WANDB)
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """The scores that an evaluation left in a run's or a model's folder; empty if there are none."""
+    return _read_if_there(folder / SCORES)
+
+
+def newest_scores(savedir: Path) -> dict[str, Any]:
+    """The scores of the run's final model (else its newest checkpoint); empty if it was not evaluated.
+
+    Scores say of which `step` they are. Those that do not are of the model that they lie in, and beside the models
+    of the final one.
+    """
+    newest = newest_model_step(savedir)
+    found: dict[str, Any] = {}
+    for folder in (savedir, savedir / FINAL, *checkpoint_folders(savedir)):
+        scores = _read_or_empty(folder / SCORES)
+        lies_in = checkpoint_step(folder) if checkpoint_step(folder) >= 0 else newest
+        if not found and scores and scores.get("step", lies_in) == newest:
+            found = scores
+    return found
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The answers that an evaluation left in a run's or a model's folder; every line must be whole."""
+    return read_rows(folder / PREDICTIONS)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that was written at once, one a line; none if there is no file."""
+    rows = []
+    for number, row in enumerate(read_objects(file) if file.is_file() else (), 1):
+        if row is None:
+            raise DamagedData(f"{file} is damaged: line {number} holds no JSON object: evaluate again")
+        rows.append(row)
+    return rows
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
+
+
+def read_job(savedir: Path) -> dict[str, Any]:
+    """What haven stored about the run's job: id, command, scheduler; empty before its first submission."""
+    return _read_if_there(savedir / JOB_DICT)
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The end of a log."""
+    return file.read_text(errors="replace").splitlines()[-count:] if file.is_file() else ["no log yet"]
+
+
+def move_aside(savedir: Path) -> None:
+    """Move a run to `deleted/`, under a name of its own; nothing in there is ever erased."""
+    if not savedir.exists():
+        return
+    deleted = savedir.parent / DELETED
+    with machine_faults(deleted):
+        deleted.mkdir(exist_ok=True)
+        name = f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        number = len(list(deleted.glob(f"{name}*")))
+        savedir.rename(deleted / (f"{name}-{number}" if number else name))
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file, dict) if file.is_file() else {}
+
+
+def _read_or_empty(file: Path) -> dict[str, Any]:
+    try:
+        return _read_if_there(file)
+    except DsskError:
+        return {}
