@@ -1,9 +1,10 @@
-"""Loading the tokenizer, with the one decision about padding and end of text."""
+"""The tokenizer: loading it, with the one decision about padding and end of text, and the prompts as its tokens."""
 
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dssk import prompts
 from dssk.errors import DsskError
 
 PAD_TOKEN = "<fim_pad>"  # noqa: S105 - StarCoder's; distinct from EOS, so that EOS stays in the loss
@@ -32,3 +33,31 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             )
         tokenizer.pad_token = PAD_TOKEN
     return tokenizer
+
+
+# --- the prompts as tokens -------------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text and nothing else."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokenize_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a context, as they are encoded; all of them."""
+    return tokenize(tokenizer, prompts.context(text))
+
+
+def tokenize_question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What the decoder reads before it answers."""
+    return tokenize(tokenizer, prompts.question(text))
+
+
+def tokenize_question_after_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What follows `tokenize_context` where a prompt holds its context."""
+    return tokenize(tokenizer, prompts.question_after_context(text))
+
+
+def tokenize_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What the decoder then writes: the answer and the end of text."""
+    return [*tokenize(tokenizer, prompts.answer(text)), tokenizer.eos_token_id]
