@@ -31,7 +31,10 @@ FORMAT_VERSION = 1
 
 def finish_checkpoint(folder: Path, facts: dict[str, Any]) -> int:
     """Declare a folder whole, with `facts` about it; returns its bytes. All is on the disk before the manifest is."""
+    mode = files.public_mode()
     with files.machine_faults(folder):
+        for name in _names(folder):
+            (folder / name).chmod(mode)  # libraries write weights for their owner alone
         entries = {name: _flushed(folder / name) for name in _names(folder)}
     files.sync_folder(folder)
     body = {"format_version": FORMAT_VERSION, **facts, "files": entries}

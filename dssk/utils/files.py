@@ -58,7 +58,8 @@ def publish(path: Path) -> Iterator[HashingWriter]:
             os.replace(temp, path)
             sync_folder(path.parent)
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk there is none to remove
+            temp.unlink(missing_ok=True)
 
 
 def publish_text(path: Path, text: str) -> str:
@@ -99,11 +100,21 @@ def remove_temps(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create `folder` and its parents, and make sure that it can be written to."""
-    with machine_faults(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{TEMP_PREFIX}{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
+    try:
+        with machine_faults(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f"{TEMP_PREFIX}{secrets.token_hex(4)}"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:  # such as a name that is too long, or a file system that takes no folders
+        raise EnvironmentFault(f"cannot write {folder}: {error.strerror}: choose another folder") from error
+
+
+def public_mode() -> int:
+    """The mode that a new file gets by the umask."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def require_free(folder: Path, num_bytes: int, what: str) -> None:

@@ -46,10 +46,22 @@ class Ranks:
             dist.barrier()
 
 
+def launched() -> int:
+    """How many processes a launcher started, from WORLD_SIZE; 1 without a launcher."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise DsskError(f"WORLD_SIZE is {text!r}, want the number of processes: torchrun sets it, or unset it")
+    if int(text) > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise DsskError(f"WORLD_SIZE is {text} and {name} is not set: start by torchrun, or unset it")
+    return int(text)
+
+
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
     """Meet the other processes of a torchrun launch; without torchrun this process is alone."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = launched()
     if size == 1:
         yield Ranks(0, 1, 0)
         return
