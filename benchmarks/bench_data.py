@@ -22,9 +22,10 @@ import torch
 from common import SIZES, Results, interleaved, random_base
 from torch.utils.data import DataLoader
 
+from dssk.commands import preproc
 from dssk.data import encode as encoding
-from dssk.data import preproc_nq
 from dssk.data.collate import Collator, length_mask, pad_tokens
+from dssk.data.preprocess import prepare
 from dssk.inference.base import encode
 from dssk.research.make_base import make_tokenizer
 from dssk.store import format as store
@@ -69,7 +70,7 @@ def flags(folder: Path, lengths: np.ndarray, output: str, **more: object) -> lis
 
 def preprocess(command_line: list[str]) -> Path:
     """Run the command in this process; returns the folder of the store."""
-    preproc_nq.main(command_line)
+    preproc.main(command_line)
     return Path(command_line[3]) / "processed_data" / "SMALL"
 
 
@@ -78,9 +79,9 @@ def preprocess(command_line: list[str]) -> Path:
 
 def bench_encoding(results: Results, folder: Path) -> None:
     """The encoder, writing included, against the bare forward on its own batches and on batches in row order."""
-    args = preproc_nq.build_parser().parse_args(flags(folder, draw_lengths(NUM_ENCODED), "bf16"))
+    args = preproc.build_parser().parse_args(flags(folder, draw_lengths(NUM_ENCODED), "bf16"))
     with contextlib.ExitStack() as locks:
-        job = preproc_nq.prepare(args, locks, Ranks(0, 1, 0))
+        job = prepare(args, locks, Ranks(0, 1, 0))
     assert job is not None
     model = encoding.load_model(job, 0)
     shards = range(len(job.plan.shards))
@@ -191,9 +192,9 @@ def bench_reading(results: Results, folder: Path) -> None:
 
 MEASURED = """
 import sys, time
-from dssk.data import preproc_nq
+from dssk.commands import preproc
 started = time.perf_counter()
-preproc_nq.main(sys.argv[1:])
+preproc.main(sys.argv[1:])
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(time.perf_counter() - started, int(status["VmHWM"].split()[0]) / 1024)  # ru_maxrss would count our own
 """

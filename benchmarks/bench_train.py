@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Results, random_base
 from dssk.checkpoint import latest_checkpoint
+from dssk.commands import preproc
 from dssk.config import experiment_id
-from dssk.data import preproc_nq
 from dssk.training.flags import DEFAULT_LOG_EVERY, parse_args
 from dssk.training.run import train
 from exp_configs import BASE_CONFIG
@@ -53,7 +53,7 @@ def make_store(size: str, folder: Path) -> tuple[Path, Path]:
                 + "\n"
             )
     argv = ["--dataset", str(source), "--embedding_model", str(base), "--data_cache_path", str(folder)]
-    preproc_nq.main([*argv, "--maximum_input_length", "1024", "--val_fraction", "0.1"])
+    preproc.main([*argv, "--maximum_input_length", "1024", "--val_fraction", "0.1"])
     return base, folder / "processed_data" / size
 
 

@@ -102,12 +102,12 @@ def question_rows(count: int) -> list[dict]:
 
 def encode_rows(base: Path, folder: Path, rows: list[dict], *flags: str) -> Path:
     """Run the preprocessing command on rows; returns the store."""
-    from dssk.data import preproc_nq
+    from dssk.commands import preproc
 
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--dataset", str(source), "--embedding_model", str(base), "--data_cache_path", str(folder)]
-    preproc_nq.main([*argv, "--maximum_input_length", "128", "--val_fraction", "0.25", *flags])
+    preproc.main([*argv, "--maximum_input_length", "128", "--val_fraction", "0.25", *flags])
     return folder / "processed_data" / base.name
 
 

@@ -13,11 +13,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {match[0]}?" if match else ""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The description as it was written, and every flag with its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unsaid = action.default in (None, argparse.SUPPRESS, []) or action.nargs == 0
+        if unsaid or "%(default)" in text or not action.option_strings:
+            return text
+        return f"{text} (default: {str(action.default).lower() if action.default in (True, False) else '%(default)s'})"
+
+
 class Parser(argparse.ArgumentParser):
     """`argparse` without abbreviations; an error is one line that names the nearest known flag and exits 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)

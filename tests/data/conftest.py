@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dssk.data import preproc_nq
+from dssk.commands import preproc
 from tests.conftest import REPOSITORY
 
 
@@ -70,7 +70,7 @@ def preprocess(base_path) -> Callable[..., Path]:
             "val_fraction": 0.2,
         } | flags
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        preproc_nq.main(
+        preproc.main(
             [
                 "--embedding_model",
                 str(model),

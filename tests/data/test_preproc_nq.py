@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from dssk.data import encode, preproc_nq
+from dssk.commands import preproc
+from dssk.data import encode
 from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, run
 from dssk.store import format as store
 from dssk.utils import files
@@ -49,7 +50,7 @@ def test_the_command_of_the_founding_document_works_from_its_folder(tmp_path, ba
 
 
 def test_the_set_of_flags_is_known():
-    flags = {option for action in preproc_nq.build_parser()._actions for option in action.option_strings}
+    flags = {option for action in preproc.build_parser()._actions for option in action.option_strings}
     assert flags == {
         *(
             "-h",

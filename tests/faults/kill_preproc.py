@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from dssk.data import preproc_nq
+from dssk import errors
+from dssk.commands import preproc
 from dssk.inference.base import load_base
 from dssk.inference.tokenizer import load_tokenizer
 from tests.conftest import make_base
@@ -62,7 +63,7 @@ class Trials:
         if pid := os.fork():
             return pid
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        os._exit(preproc_nq.run(lambda: preproc_nq.main(command)))
+        os._exit(errors.run(lambda: preproc.main(command)))
 
     def finish(self, name: str, num_proc: int) -> None:
         """Run the command to its end."""
