@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+from filelock import FileLock, Timeout
 
-from dssk.errors import DsskError, EnvironmentFault, Locked
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked
 
 TEMP_PREFIX = ".tmp-"
+_TEMP = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
+_PLAIN = re.compile(r"[\w.@+=-]{1,255}", re.ASCII)
+_LOCK_SECONDS = 0.2  # long enough to meet the file of a holder that is just going
 _BLOCK_BYTES = 1 << 20
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -74,6 +78,24 @@ def publish_json(path: Path, value: Any) -> str:
     return publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; it takes that name when the block ends, whole and on the disk."""
+    temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
+    try:
+        with machine_faults(path):
+            temp.mkdir()
+            yield temp
+            for file in (file for file in temp.rglob("*") if file.is_file()):
+                file.chmod(public_mode())
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.rename(temp, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` (new, renamed, removed) survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -93,9 +115,27 @@ def remove(path: Path) -> None:
 
 
 def remove_temps(folder: Path) -> None:
-    """Remove what writers that were killed left behind. Call it only under the folder's lock."""
-    for path in folder.rglob(f"{TEMP_PREFIX}*"):
-        remove(path)
+    """Remove what writers that were killed left in `folder` and its folders. Call it only under the folder's lock."""
+    for pattern in (f"{TEMP_PREFIX}*", f"*/{TEMP_PREFIX}*"):
+        for path in folder.glob(pattern):
+            if _TEMP.fullmatch(path.name) and not path.parent.is_symlink():
+                remove(path)
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The path of `name`, as it was read from a file, inside `folder`: the only way to use such a name.
+
+    Raises `DamagedData` unless it is a plain relative name and no symbolic link leads it out of the folder.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    plain = all(_PLAIN.fullmatch(part) and part not in (".", "..") for part in parts)
+    path = folder.joinpath(*parts) if plain else folder
+    try:
+        if plain and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    except (OSError, RuntimeError):  # links in a circle
+        pass
+    raise DamagedData(f"{folder} is damaged: {str(name)[:80]!r} is not the name of a file in it")
 
 
 def make_folder(folder: Path) -> None:
@@ -148,24 +188,31 @@ def machine_faults(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, or raise `Locked` naming the process that does. The kernel frees it at our death."""
+    held = FileLock(path)
     with machine_faults(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
-            raise Locked(f"{path} is held by {holder}: wait for it to end, or stop it") from error
+            held.acquire(timeout=_LOCK_SECONDS)
+        except Timeout as error:
+            raise Locked(f"{path} is held by {_holder(path)}: wait for it to end, or stop it") from error
         me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        path.write_text(json.dumps(me))
+    try:
         yield
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: whoever waits for this file sees that it is gone
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()[:200] or "another process"
+    except OSError:
+        return "another process"
 
 
 def xxh3_128(path: Path, progress: Callable[[int], object] = lambda num_bytes: None) -> str:

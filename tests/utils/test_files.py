@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dssk.errors import EnvironmentFault, Locked
+from dssk.errors import DamagedData, EnvironmentFault, Locked
 from dssk.utils import files
 from tests.conftest import REPOSITORY
 
@@ -62,7 +62,7 @@ def test_too_little_room_is_named_with_both_sizes(tmp_path):
 
 
 def test_a_lock_is_free_again_when_its_holder_is_killed(tmp_path):
-    code = "import sys, time; from dssk import files\nwith files.lock(__import__('pathlib').Path(sys.argv[1])):\n"
+    code = "import sys, time; from dssk.utils import files\nwith files.lock(__import__('pathlib').Path(sys.argv[1])):\n"
     code += "    print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
     holder = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
@@ -86,3 +86,78 @@ def test_a_lock_is_free_again_when_its_holder_is_killed(tmp_path):
 )
 def test_sizes_are_readable(num_bytes, text):
     assert files.size(num_bytes) == text
+
+
+def test_a_lock_leaves_no_file_and_names_no_name_twice(tmp_path):
+    """The file goes while the lock is held, so a waiter must not take the one that is gone for the lock."""
+    path = tmp_path / "lock"
+    with files.lock(path):
+        with pytest.raises(Locked, match="is held by"), files.lock(path):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with files.lock(path), open(path) as held:
+        assert os.fstat(held.fileno()).st_nlink == 1
+
+
+def test_many_processes_are_never_in_a_lock_together(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from dssk.errors import Locked
+from dssk.utils import files
+folder, entered = Path(sys.argv[1]), 0
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    try:
+        with files.lock(folder / "lock"):
+            (folder / "inside").mkdir()  # fails where another is
+            entered += 1
+            (folder / "inside").rmdir()
+    except Locked:
+        pass
+print(entered)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(4)]
+    entered = [int(process.communicate()[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sum(entered) > 100
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../victim", "/etc/passwd", "a/../../victim", ".", "..", "", "a//b", "a\\b", "a\0b", 5, None, "x" * 300],
+)
+def test_a_name_from_a_file_never_leads_outside(tmp_path, name):
+    with pytest.raises(DamagedData, match="is not the name of a file in it"):
+        files.inside(tmp_path, name)
+
+
+def test_links_never_lead_outside(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "part").mkdir(parents=True)
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "circle").symlink_to(folder / "circle")
+    (folder / "in").symlink_to(folder / "part")
+    for name in ("out", "out/victim", "circle"):
+        with pytest.raises(DamagedData, match="is not the name of a file in it"):
+            files.inside(folder, name)
+    assert files.inside(folder, "in/data-0.arrow") == folder / "in" / "data-0.arrow"
+    (tmp_path / "link").symlink_to(folder)
+    assert files.inside(tmp_path / "link", "part/a") == tmp_path / "link" / "part" / "a"
+
+
+def test_only_our_own_temporary_files_are_removed(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "contexts").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (folder / "link").symlink_to(tmp_path / "other")
+    ours = [folder / ".tmp-0123abcd-a", folder / "contexts" / ".tmp-0123abcd"]
+    others = [folder / ".tmp-mine", folder / "tmp-0123abcd", tmp_path / "other" / ".tmp-0123abcd-a"]
+    for path in ours + others:
+        path.touch()
+    files.remove_temps(folder)
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in others)
