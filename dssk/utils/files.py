@@ -80,7 +80,12 @@ def publish_json(path: Path, value: Any) -> str:
 
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into; it takes that name when the block ends, whole and on the disk."""
+    """A new folder beside `path` to write into; it takes that name when the block ends, whole and on the disk.
+
+    Call it under a lock: what a writer of the same folder that was killed left behind is removed first.
+    """
+    for left in path.parent.glob(f"{TEMP_PREFIX}????????-{glob.escape(path.name)}"):
+        remove(left)
     temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         with machine_faults(path):
