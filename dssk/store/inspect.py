@@ -1,28 +1,11 @@
-"""Say what is in a store of encoded contexts.
+"""What is in a store of encoded contexts, in words and as a figure."""
 
-python -m dssk.data.inspect DIR [--plot lengths.png]
-"""
-
-import sys
 from pathlib import Path
 
 from dssk.data.plan import describe
-from dssk.errors import run
 from dssk.store import format as store
 from dssk.store.format import HISTOGRAM_BIN_TOKENS
 from dssk.utils import files
-from dssk.utils.flags import Parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder made by preproc_nq.py")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of the contexts")
-    args = parser.parse_args(argv)
-    manifest = store.load_manifest(args.folder)
-    print("\n".join(f"{name:14}{text}" for name, text in summary(manifest).items()))
-    if args.plot:
-        plot_lengths(manifest, args.plot)
 
 
 def summary(manifest: store.Manifest) -> dict[str, str]:
@@ -71,7 +54,3 @@ def plot_lengths(manifest: store.Manifest, path: Path) -> None:
     axes.set_title(f"{manifest.counts.contexts} contexts, {manifest.counts.tokens} tokens")
     with files.machine_faults(path):
         figure.savefig(path, dpi=150)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

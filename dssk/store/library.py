@@ -1,4 +1,4 @@
-"""A library of encoded contexts that grows: `python -m dssk.library DIR add|list|search|remove|verify`.
+"""A library of encoded contexts that grows.
 
     library.json        which model encodes, and which segments count: written last, so that a change is whole or absent
     contexts-*.arrow    segments: id, title, number, truncated, context, n_tokens, encoder_hidden_states [, scale]
@@ -10,7 +10,6 @@ context is its row number.
 import contextlib
 import json
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +21,12 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from dssk.errors import DamagedData, DsskError, run
+from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import find_encoder
 from dssk.store import format as store
 from dssk.store.encoder import TextEncoder, describe_encoding
 from dssk.utils import files
-from dssk.utils.console import quiet_libraries
-from dssk.utils.flags import Parser, nearest, positive_int
+from dssk.utils.flags import nearest
 
 MANIFEST = "library.json"
 SEGMENT_BYTES = 256_000_000  # a full segment: removing a context writes its segment again
@@ -360,79 +358,6 @@ def _columns(shard: store.Shard, *names: str) -> list[list[Any]]:
     return [shard.table[name].to_pylist() for name in names]
 
 
-# --- the command -------------------------------------------------------------------------------------------------
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="python -m dssk.library", description=__doc__)
-    parser.add_argument(
-        "library", metavar="DIR", help="folder of the library, or a store made by preproc_nq.py"
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="add|list|search|remove|verify")
-
-    add = commands.add_parser("add", help="encode contexts and keep them")
-    add.add_argument(
-        "files",
-        metavar="FILE",
-        nargs="+",
-        help="text (UTF-8), its name becomes the id; or .jsonl: context [, id, title]",
-    )
-    add.add_argument(
-        "--checkpoint", help="of a new library: base model, checkpoint, fused model, or run's folder"
-    )
-    add.add_argument(
-        "--storage_dtype",
-        choices=tuple(store.TORCH_DTYPES),
-        default="bf16",
-        help="of a new library (%(default)s)",
-    )
-    add.add_argument(
-        "--maximum_input_length", type=positive_int, help="of a new library: tokens that a context is cut to"
-    )
-
-    commands.add_parser("list", help="id, tokens and title or beginning of every context")
-
-    search = commands.add_parser("search", help="find contexts by the words of a question (BM25)")
-    search.add_argument("question")
-    search.add_argument("--k", type=positive_int, default=5, help="most contexts to show (%(default)s)")
-
-    remove = commands.add_parser("remove", help="forget contexts and free their space")
-    remove.add_argument("ids", metavar="ID", nargs="+")
-
-    commands.add_parser("verify", help="check every byte")
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
-    quiet_libraries()
-    if args.command == "add":
-        library = ContextLibrary(
-            args.library,
-            args.checkpoint,
-            storage_dtype=args.storage_dtype,
-            maximum_input_length=args.maximum_input_length,
-        )
-        rows = [row for file in args.files for row in read_contexts(Path(file))]
-        ids = library.add(
-            [row["context"] for row in rows], [row["id"] for row in rows], [row["title"] for row in rows]
-        )
-        print("\n".join(describe(library.get(id)) for id in ids))
-        return
-    library = ContextLibrary(args.library)
-    if args.command == "list":
-        for id in library:
-            print(describe(library.get(id)))
-    elif args.command == "search":
-        for hit in library.search(args.question, args.k):
-            print(f"{hit.score:6.2f}  {describe(library.get(hit.id))}")
-    elif args.command == "remove":
-        library.remove(args.ids)
-    else:
-        library.verify()
-        print(f"{args.library}: {len(library)} contexts are as they were written")
-
-
 def describe(context: Context) -> str:
     """One line about a context."""
     cut = " (cut)" if context.truncated else ""
@@ -460,7 +385,3 @@ def read_contexts(file: Path) -> list[dict[str, str]]:
                 ) from None
             rows.append({"context": context, "id": str(id), "title": str(title)})
     return rows
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,39 +1,16 @@
-"""Check that a store is what was written, byte for byte.
-
-    python -m dssk.data.verify DIR
-
-ends with exit code 0 if it is, and with 4 and the names of the damaged files if it is not. `--discard` deletes the
-damaged files and the manifest, so that the preprocessing command makes them again and keeps the rest.
-"""
+"""Checking that a store is what was written, byte for byte."""
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from dssk.errors import DamagedData, DsskError, run
+from dssk.errors import DamagedData, DsskError
 from dssk.store import format as store
 from dssk.utils import files
-from dssk.utils.flags import Parser
 
 _SHOWN = 5
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder made by preproc_nq.py")
-    parser.add_argument(
-        "--discard", action="store_true", help="delete what is damaged, to have it made again"
-    )
-    args = parser.parse_args(argv)
-    if args.discard:
-        discard(args.folder)
-    else:
-        manifest = check(args.folder)
-        num_bytes = sum(info.num_bytes for info in manifest.files.values())
-        print(f"{len(manifest.files)} files, {files.size(num_bytes)}: all as written.")
 
 
 def check(folder: str | Path, rank: int = 0, size: int = 1) -> store.Manifest:
@@ -102,7 +79,3 @@ def _infos_of_shards(folder: Path) -> dict[str, store.FileInfo]:
             num_bytes=shard.num_bytes if shard else 0, xxh3_128=shard.xxh3_128 if shard else ""
         )
     return infos
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

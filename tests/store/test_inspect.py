@@ -1,9 +1,9 @@
-"""What `python -m dssk.data.inspect` says of a store."""
+"""What `dssk inspect` says of a store."""
 
 from PIL import Image
 
+from dssk.commands import inspect
 from dssk.errors import run
-from dssk.store import inspect
 
 
 def test_it_says_what_is_in_a_store_and_draws_the_lengths(finished, base_path, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dssk import prompts
+from dssk.commands import library as library_command
 from dssk.errors import DamagedData, DsskError, Locked
 from dssk.inference.base import encode, load_base
 from dssk.store import format as store
@@ -297,7 +298,7 @@ def test_a_full_disk_leaves_the_library_as_it_was(filled, monkeypatch):
 
 @pytest.fixture
 def command(run_command):
-    return partial(run_command, library)
+    return partial(run_command, library_command)
 
 
 def test_the_command(base_path, tmp_path, command):

@@ -6,6 +6,7 @@ import shutil
 import pyarrow as pa
 import pytest
 
+from dssk.commands import verify as command
 from dssk.errors import DamagedData, DsskError, run
 from dssk.store import format as store
 from dssk.store import verify
@@ -19,7 +20,7 @@ def damaged(finished, tmp_path):
 
 
 def test_a_finished_store_is_as_written(finished, capsys):
-    assert run(lambda: verify.main([str(finished)])) == 0
+    assert run(lambda: command.main([str(finished)])) == 0
     assert capsys.readouterr().out.endswith("all as written.\n")
 
 
@@ -78,7 +79,7 @@ def _ends_of_batches(content: bytes) -> list[int]:
 
 def test_a_missing_file_is_named(damaged, capsys):
     (damaged / "train" / "state.json").unlink()
-    assert run(lambda: verify.main([str(damaged)])) == 4
+    assert run(lambda: command.main([str(damaged)])) == 4
     assert "1 of 19 files" in (error := capsys.readouterr().err)
     assert "train/state.json is missing" in error
     assert error.count("\n") == 1
@@ -104,7 +105,7 @@ def test_what_is_discarded_is_made_again_and_nothing_else(
     before = stamps(damaged.glob("contexts/data-*.arrow"))
     with pytest.raises(DsskError):
         verify.check(damaged)
-    assert run(lambda: verify.main([str(damaged), "--discard"])) == 0
+    assert run(lambda: command.main([str(damaged), "--discard"])) == 0
     source = finished.parent.parent / "rows.jsonl"
     preprocess(damaged.parent.parent, source)
     assert tree(damaged) == tree(finished)
@@ -114,11 +115,11 @@ def test_what_is_discarded_is_made_again_and_nothing_else(
 
 
 def test_discarding_from_a_sound_store_costs_only_its_manifest(finished, damaged, preprocess):
-    assert run(lambda: verify.main([str(damaged), "--discard"])) == 0
+    assert run(lambda: command.main([str(damaged), "--discard"])) == 0
     assert tree(damaged).keys() == tree(finished).keys() - {"manifest.json"}
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path, capsys):
-    assert run(lambda: verify.main([str(tmp_path / "nowhere")])) == 2
-    assert run(lambda: verify.main([str(tmp_path / "nowhere"), "--discard"])) == 2
+    assert run(lambda: command.main([str(tmp_path / "nowhere")])) == 2
+    assert run(lambda: command.main([str(tmp_path / "nowhere"), "--discard"])) == 2
     assert capsys.readouterr().err.count("no such folder") == 2

@@ -1,0 +1,96 @@
+"""A library of encoded contexts that grows.
+
+    dssk library DIR add --checkpoint C FILE ...
+    dssk library DIR list
+    dssk library DIR search "when was amber falls founded"
+    dssk library DIR remove ID ...
+    dssk library DIR verify
+
+A folder made by dssk preproc opens as a library that can only be read.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dssk.utils.defaults import STORAGE_DTYPES
+from dssk.utils.flags import Parser, positive_int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from dssk.store.library import ContextLibrary, describe
+    from dssk.utils.console import quiet_libraries
+
+    quiet_libraries()
+    if args.command == "add":
+        add(args)
+        return
+    library = ContextLibrary(args.library)
+    if args.command == "list":
+        for id in library:
+            print(describe(library.get(id)))
+    elif args.command == "search":
+        for hit in library.search(args.question, args.k):
+            print(f"{hit.score:6.2f}  {describe(library.get(hit.id))}")
+    elif args.command == "remove":
+        library.remove(args.ids)
+    else:
+        library.verify()
+        print(f"{args.library}: {len(library)} contexts are as they were written")
+
+
+def add(args: argparse.Namespace) -> None:
+    from dssk.store.library import ContextLibrary, describe, read_contexts
+
+    library = ContextLibrary(
+        args.library,
+        args.checkpoint,
+        storage_dtype=args.storage_dtype,
+        maximum_input_length=args.maximum_input_length,
+    )
+    rows = [row for file in args.files for row in read_contexts(Path(file))]
+    texts, ids, titles = ([row[key] for row in rows] for key in ("context", "id", "title"))
+    print("\n".join(describe(library.get(id)) for id in library.add(texts, ids, titles)))
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="dssk library", description=__doc__)
+    parser.add_argument(
+        "library", metavar="DIR", help="folder of the library, or a store made by dssk preproc"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="add|list|search|remove|verify")
+
+    add = commands.add_parser("add", help="encode contexts and keep them")
+    add.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="text (UTF-8), its name becomes the id; or .jsonl: context [, id, title]",
+    )
+    add.add_argument(
+        "--checkpoint",
+        metavar="C",
+        help="of a new library: base model, checkpoint, fused model, or run's folder",
+    )
+    add.add_argument(
+        "--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on the disk of a new library"
+    )
+    add.add_argument(
+        "--maximum_input_length",
+        type=positive_int,
+        metavar="TOKENS",
+        help="of a new library: a context is cut to these (the model's window)",
+    )
+
+    commands.add_parser("list", help="id, tokens and title or beginning of every context")
+
+    search = commands.add_parser("search", help="find contexts by the words of a question (BM25)")
+    search.add_argument("question", metavar="QUESTION", help="in words of the contexts")
+    search.add_argument("--k", type=positive_int, default=5, metavar="CONTEXTS", help="most to show")
+
+    remove = commands.add_parser("remove", help="forget contexts and free their space")
+    remove.add_argument("ids", metavar="ID", nargs="+", help="as list shows it")
+
+    commands.add_parser("verify", help="check every byte")
+    return parser
