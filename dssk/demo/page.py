@@ -1,4 +1,4 @@
-"""A page to try a model on: `python -m dssk.demo --checkpoint C`, then open the address that it prints.
+"""The page to try a model on.
 
 Paste a context and encode it, then ask: the page shows the answer, which tokens of the context it was found by, and
 the seconds that it took beside those of prompting the same base with the context. It needs gradio (`dssk[demo]`).
@@ -6,7 +6,6 @@ the seconds that it took beside those of prompting the same base with the contex
 
 import html
 import os
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from dssk import prompts
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError
 from dssk.evaluation.attention import attend, token_texts
 from dssk.inference.answering import encode_texts, tokenize_context
 from dssk.inference.base import kv_cache_values
 from dssk.inference.loading import load_model
 from dssk.models.cross_attention import ProjectedContext
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
-from dssk.utils.console import quiet_libraries
 from dssk.utils.files import size
-from dssk.utils.flags import Parser, positive_int
 
-PORT = 7860
 VISIT_SECONDS = 3600  # that a context is kept for its visitor
 WARM_UP = "What comes first is slow: it allocates, and picks kernels."
 
@@ -246,20 +242,9 @@ def launch(page: Any, host: str, port: int, block: bool = True) -> str:
     return address
 
 
-def main() -> None:
-    parser = Parser(prog="python -m dssk.demo", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (%(default)s: only this one)"
-    )
-    parser.add_argument("--port", type=positive_int, default=PORT, help="%(default)s")
-    args = parser.parse_args()
-    quiet_libraries()
+def serve(checkpoint: str, host: str, port: int) -> None:
+    """Load a model and serve the page until someone ends it."""
     import_gradio()
-    model, tokenizer = load_model(args.checkpoint)
+    model, tokenizer = load_model(checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    launch(build_page(Reader(model, tokenizer)), args.host, args.port)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+    launch(build_page(Reader(model, tokenizer)), host, port)

@@ -1,10 +1,10 @@
-"""Score a checkpoint on the questions of a data set: `python -m dssk.evaluation.evaluate --help`.
+"""Scoring a checkpoint on the questions of a data set.
 
 Each question is answered under several controls. A gain that comes from the context shows under `with_context` and
 not under the others. A run that was killed goes on where it stopped; `torchrun` shares the work among processes.
 """
 
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError
 from dssk.evaluation.predictions import Answers, answer_all, discard_partial
 from dssk.evaluation.questions import (
     QuestionSet,
@@ -30,12 +30,11 @@ from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.generate import MAX_NEW_TOKENS, answer_tokens, context_batch, generate_batch, nll_batch
 from dssk.inference.loading import find_model, load_model
 from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
-from dssk.utils.console import quiet_libraries
+from dssk.utils.defaults import CONTROLS
 from dssk.utils.files import publish_json
-from dssk.utils.flags import Parser, nearest, positive_int
+from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, join
 
-CONTROLS = ("with_context", "no_context", "wrong_context", "shuffled_tokens", "other_question")
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
 
@@ -166,38 +165,12 @@ def control_list(text: str) -> list[str]:
     return [control for control in CONTROLS if control in names]
 
 
-def main() -> None:
-    parser = Parser(prog="python -m dssk.evaluation.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data_path", help="folder made by dssk/data/preproc_nq.py")
-    data.add_argument(
-        "--dataset", help="raw questions instead, as preproc_nq.py reads them; encoded on the fly"
-    )
-    parser.add_argument("--split", help="split to score (val)")
-    parser.add_argument("--controls", default=",".join(CONTROLS), help="some of %(default)s")
-    parser.add_argument(
-        "--max_questions", type=positive_int, help="score this many questions, spread over the split"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=32, help="questions at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive_int,
-        default=MAX_NEW_TOKENS,
-        help="longest answer, in tokens (%(default)s)",
-    )
-    parser.add_argument(
-        "--output", help="where scores go; predictions lie beside (scores.json in the run or the checkpoint)"
-    )
-    args = parser.parse_args()
-    quiet_libraries()
-
+def evaluate_checkpoint(args: Namespace) -> None:
+    """Do what the flags of `dssk evaluate` say, as one process or as a rank of torchrun's."""
     controls = control_list(args.controls)
     data_path = args.data_path or args.dataset
     if args.data_path and not Path(args.data_path).is_dir():
-        raise DsskError(f"no folder {args.data_path}: want one made by preproc_nq.py; raw data is --dataset")
+        raise DsskError(f"no folder {args.data_path}: want one made by dssk preproc; raw data is --dataset")
     output = Path(args.output) if args.output else output_folder(args.checkpoint) / SCORES
     predictions = output.with_name(PREDICTIONS)
     with join() as ranks:
@@ -220,7 +193,3 @@ def main() -> None:
             publish_json(output, scores)
             discard_partial(predictions)
             print(f"{table(scores)}\n{output}")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

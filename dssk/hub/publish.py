@@ -1,16 +1,9 @@
-"""Publish the model of a run on the Hugging Face Hub: `python -m dssk.publish --help`.
-
-    python -m dssk.publish --checkpoint RUN --output DIR        # writes what would be uploaded, and uploads nothing
-    python -m dssk.publish --checkpoint RUN --repo USER/NAME
-
-`fused` is the whole model, `cross_attention` the trained blocks alone, megabytes, which name the base on the Hub. Both
-load with `AutoModelForCausalLM.from_pretrained` after `import dssk`. The login is that of `hf auth login` or HF_TOKEN.
-"""
+"""Publishing the model of a run on the Hugging Face Hub: preparing what is uploaded, and uploading it."""
 
 import contextlib
 import json
-import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +12,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dssk.checkpoint import FINAL, verify_checkpoint
-from dssk.errors import DamagedData, Diverged, DsskError, EnvironmentFault, run
+from dssk.errors import DamagedData, Diverged, DsskError, EnvironmentFault
 from dssk.evaluation.evaluate import SCORES, output_folder
 from dssk.hub.model_card import Origin, hub_name, model_card
 from dssk.inference.loading import find_model, load_model
 from dssk.store import format as store
-from dssk.utils.console import quiet_libraries
+from dssk.utils.defaults import CROSS_ATTENTION, FUSED
 from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
-from dssk.utils.flags import Parser, bool_flag, optional_str
 
-FUSED, CROSS_ATTENTION = "fused", "cross_attention"
 FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 FILES += ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 
@@ -171,41 +162,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
     return str(page)
 
 
-def main() -> None:
-    parser = Parser(prog="python -m dssk.publish", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run's folder, or a checkpoint or fused model in it"
-    )
-    parser.add_argument("--repo", help="USER/NAME on the Hub")
-    parser.add_argument(
-        "--what", choices=(FUSED, CROSS_ATTENTION), default=FUSED, help="%(default)s if not given"
-    )
-    parser.add_argument(
-        "--private",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=True,
-        help="false: everyone can read it (true)",
-    )
-    parser.add_argument("--output", type=Path, help="new folder for what would be uploaded; nothing is")
-    parser.add_argument(
-        "--base_model", type=optional_str, help="the base's name on the Hub, if it was not loaded from there"
-    )
-    parser.add_argument(
-        "--data_path", type=optional_str, help="folder of the training data, for the model card"
-    )
-    args = parser.parse_args()
-    quiet_libraries()
-    if args.output:
-        write(args)
-    elif args.repo:
-        print(publish(args.checkpoint, args.repo, args.what, args.private, args.base_model, args.data_path))
-    else:
-        raise DsskError("want --repo USER/NAME to upload to, or --output DIR to look at it before")
-
-
-def write(args: Any) -> None:
+def write(args: Namespace) -> None:
     """The dry run: `args.output` appears when it is whole."""
     output: Path = args.output
     if output.exists():
@@ -220,7 +177,3 @@ def write(args: Any) -> None:
             )
             folder.rename(output)
     print(f"{output}: {size(sum(file.stat().st_size for file in output.iterdir()))}, nothing was uploaded")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,21 +1,19 @@
-"""The experiments of a folder, side by side: `python -m dssk.jobs.table SAVEDIR_BASE`.
+"""The experiments of a folder, side by side.
 
-Prints a table and writes it as results.csv and results.md, and the curves of loss and F1 as results.png.
+A table, written as results.csv and results.md, and the curves of loss and F1 as results.png.
 """
 
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from dssk.config import experiment_id
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError
 from dssk.jobs import slurm
 from dssk.jobs.states import COMPLETED, GONE, state_of
 from dssk.utils.files import publish, publish_text
-from dssk.utils.flags import Parser
 
 RESULTS = "results"
 CURVES = {"training loss": ("loss",), "validation loss": ("eval_loss",), "F1": ("eval_f1", "f1")}
@@ -164,15 +162,3 @@ def plot(savedirs: list[Path], path: Path) -> None:
     figure.savefig(image, format="png", dpi=120)
     with publish(path) as file:
         file.write(image.getvalue())
-
-
-def main() -> None:
-    parser = Parser(prog="python -m dssk.jobs.table", description=__doc__)
-    parser.add_argument("savedir_base", type=Path, help="the --savedir_base of the experiments")
-    savedir_base = parser.parse_args().savedir_base
-    text = write_table(savedir_base)
-    print(text + "".join(f"{file}\n" for file in sorted(savedir_base.glob(f"{RESULTS}.*"))), end="")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

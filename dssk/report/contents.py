@@ -180,8 +180,7 @@ def commands(run_dir: str) -> dict[str, str]:
     folder = shlex.quote(run_dir)
     evaluation = f"--checkpoint {folder} --data_path DATA"
     return {
-        "train": "python trainval.py -e GROUP --data_path DATA -sb RUNS",
-        "evaluate": f"python -m dssk.evaluation.evaluate {evaluation}",
-        "compare": f"python -m dssk.evaluation.compare {evaluation} --output DIR && "
-        f"python -m dssk.report {folder} --compare DIR",
+        "train": "dssk train -e GROUP --data_path DATA -sb RUNS",
+        "evaluate": f"dssk evaluate {evaluation}",
+        "compare": f"dssk compare {evaluation} --output DIR && dssk report {folder} --compare DIR",
     }

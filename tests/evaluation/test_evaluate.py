@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from dssk.commands import evaluate as command
 from dssk.errors import DsskError
-from dssk.evaluation import evaluate
 from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, control_list, output_folder, trials
 from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import load_questions
@@ -30,7 +30,7 @@ def checkpoint(base_path, tmp_path_factory):
 
 def run_evaluate(monkeypatch, *flags) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
-    evaluate.main()
+    command.main()
 
 
 def test_every_control_is_answered_and_scored(checkpoint, store_path, monkeypatch, capsys):

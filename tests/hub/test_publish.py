@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import dssk  # noqa: F401 - lets the Auto classes load what is published
 from dssk.checkpoint import finish_checkpoint, write_checkpoint
+from dssk.commands import publish as publish_command
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, Diverged, DsskError
 from dssk.hub import publish
@@ -68,7 +69,7 @@ def trained(base_path, tmp_path_factory):
 
 @pytest.fixture
 def command(run_command):
-    return partial(run_command, publish)
+    return partial(run_command, publish_command)
 
 
 def answers(path) -> list[str]:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from dssk.commands.report import main
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.report.__main__ import main
 from tests.conftest import experiment, fused, make_base
 
 CONTROLS = ("with_context", "no_context", "wrong_context")

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from dssk.commands import report as command
 from dssk.errors import DsskError
 from dssk.evaluation.attention import evidence
 from dssk.inference.loading import load_model
-from dssk.report import __main__ as command
 from dssk.report.run_files import read_run
 from tests.report.conftest import experiment, write, write_lines
 
@@ -24,9 +24,9 @@ def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, t
     write(tmp_path, "exp_dict.json", experiment(base_path))
     command.main([str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
-    for name in ("evaluation.evaluate", "evaluation.compare"):
-        assert f"python -m dssk.{name} --checkpoint {tmp_path}" in page
-    assert "trainval.py" in page
+    for name in ("evaluate", "compare"):
+        assert f"dssk {name} --checkpoint {tmp_path}" in page
+    assert "dssk train" in page
     assert {file.name for file in tmp_path.iterdir()} == {"exp_dict.json", "report.html"}
     assert "no attention in this report: no model at" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dssk.report.__main__ import main
+from dssk.commands.report import main
 from tests.report.conftest import make_run, row
 
 
