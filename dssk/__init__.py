@@ -5,17 +5,13 @@ Importing this package lets transformers' Auto classes load the models it saves;
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from dssk import prompts
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.inference.auto import from_base, register
 from dssk.models.cross_attention import ProjectedContext
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
 
-__all__ = ["CrossAttnGPTBigCodeConfig", "CrossAttnGPTBigCodeForCausalLM", "ProjectedContext", "prompts"]
+__all__ = ["ProjectedContext", "from_base", "prompts"]
 
-AutoConfig.register(CrossAttnGPTBigCodeConfig.model_type, CrossAttnGPTBigCodeConfig, exist_ok=True)
-AutoModelForCausalLM.register(CrossAttnGPTBigCodeConfig, CrossAttnGPTBigCodeForCausalLM, exist_ok=True)
+register()
 
 # `python -m dssk.library` is `dssk library`: the commands are found as if they lay here.
 __path__.append(str(Path(__file__).parent / "commands"))

@@ -17,7 +17,8 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedToke
 from transformers.utils import logging as transformers_logging
 
 from dssk.errors import run
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import from_base
+from dssk.models.modeling import CrossAttnForCausalLM
 from exp_configs import BASE_CONFIG
 
 pytest_plugins = ["tests.browser"]
@@ -63,11 +64,11 @@ def make_base(folder: Path, seed: int = 0, **config) -> Path:
     return folder
 
 
-def fused(base: Path, **fields) -> CrossAttnGPTBigCodeForCausalLM:
+def fused(base: Path, **fields) -> CrossAttnForCausalLM:
     """The base with random blocks in its last layers; `fields` override the layout."""
     torch.manual_seed(1)
     settings = {"num_cross_attn_layers": 2, "cross_attn_layers_stride": 2, "cross_attn_init": "normal"}
-    return CrossAttnGPTBigCodeForCausalLM.from_base(base, **settings | fields).eval()
+    return from_base(base, **settings | fields).eval()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from dssk.config import (
     parse_experiment,
 )
 from dssk.errors import DsskError
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, is_cross_attn
+from dssk.inference.auto import CrossAttnGPTBigCodeConfig
+from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.modeling import is_cross_attn
 from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 

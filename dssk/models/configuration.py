@@ -1,16 +1,31 @@
-"""Which decoder layers attend to the context, and how: the model's `config.json`."""
+"""Which decoder layers attend to the context, and how: what a fused model's `config.json` says beyond its base's."""
 
+import json
+import os
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import GPTBigCodeConfig
+from transformers import PreTrainedConfig
 
-INITS = ("zero", "normal", "copy")
+MODEL_TYPE = "dssk"  # in the config.json of every fused model; `base_model_type` names the family
+BASE = "base"  # a field's value: as the base model has it
+CHOICES = {
+    "cross_attn_init": ("zero", "normal", "copy"),
+    "cross_attn_norm": ("layer_norm", "rms_norm"),
+    "cross_attn_mlp": ("plain", "gated"),
+}
+
+# What a family's configuration does not say of its layers (`BASE` asks for it); a test compares it with the models.
+_RMS_NORM_ANYWAY = {"lfm2", "mamba"}  # their epsilon has another name than `rms_norm_eps`
+_LAYER_NORM_ANYWAY: set[str] = set()
+_PLAIN_MLP = set(
+    "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mpt nemotron opt persimmon phi starcoder2".split()
+)
+_NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+_ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
-@strict
-class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
-    """A GPTBigCode configuration and where its cross-attention blocks sit.
+class CrossAttnConfig:
+    """Mixed into the configuration of a base model: where its cross-attention blocks sit, and how they are built.
 
     Args:
         num_cross_attn_layers: cross-attention blocks, counted back from the output.
@@ -21,17 +36,16 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
         cross_attn_shared_projections: queries and keys use one projection.
         cross_attn_hidden_size: width of queries, keys and values; `None` for the decoder's hidden size.
         cross_attn_num_attention_heads: `None` for as many as the decoder's.
-        cross_attn_num_key_value_heads: fewer than the attention heads shrink the projected context;
-            `None` for as many as there are attention heads.
+        cross_attn_num_key_value_heads: fewer than the attention heads shrink the projected context; `None` for all
+            heads, `"base"` for the share of heads that the base's own attention has.
+        cross_attn_norm: `"layer_norm"`, `"rms_norm"`, or `"base"` for the kind the base has.
+        cross_attn_mlp: `"plain"` (d -> 4E -> d), `"gated"` (two matrices in, 8/3 E wide), or `"base"`.
         cross_attn_init: `"zero"` starts each block as the identity, so that the fused model equals its base
             until the first training step; `"normal"` draws its output projections like all others; `"copy"` is
             "zero" until `dssk.models.copy_init.copy_init_` has set the last block.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
             model named by `base_model_name_or_path` and `base_model_revision`.
     """
-
-    model_type = "dssk_gpt_bigcode"
-    attribute_map = {**GPTBigCodeConfig.attribute_map, "n_cross_attn_layers": "num_cross_attn_layers"}
 
     num_cross_attn_layers: int = 1
     cross_attn_layers_stride: int = 1
@@ -41,20 +55,31 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
     cross_attn_shared_projections: bool = False
     cross_attn_hidden_size: int | None = None
     cross_attn_num_attention_heads: int | None = None
-    cross_attn_num_key_value_heads: int | None = None
+    cross_attn_num_key_value_heads: int | str | None = None
+    cross_attn_norm: str = BASE
+    cross_attn_mlp: str = BASE
     cross_attn_init: str = "zero"
     cross_attn_only: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        kwargs.pop("base_model_type", None)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        config: Any = self
         if self.cross_attn_hidden_size is None:
-            self.cross_attn_hidden_size = self.n_embd
-        if self.cross_attn_num_attention_heads is None:
-            self.cross_attn_num_attention_heads = self.n_head
+            self.cross_attn_hidden_size = config.hidden_size
+        heads = self.cross_attn_num_attention_heads
+        if heads is None:
+            heads = self.cross_attn_num_attention_heads = num_attention_heads(config)
         if self.cross_attn_num_key_value_heads is None:
-            self.cross_attn_num_key_value_heads = self.cross_attn_num_attention_heads
+            self.cross_attn_num_key_value_heads = heads
+        elif self.cross_attn_num_key_value_heads == BASE:
+            self.cross_attn_num_key_value_heads = max(1, heads * _kv_heads(config) // num_attention_heads(config))
+        if self.cross_attn_norm == BASE:
+            self.cross_attn_norm = base_norm(config)
+        if self.cross_attn_mlp == BASE:
+            self.cross_attn_mlp = "plain" if config.model_type in _PLAIN_MLP else "gated"
         self._check_layout()
 
     def _check_layout(self) -> None:
@@ -63,17 +88,20 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
             raise ValueError(
                 f"got {layers} cross-attention layers at stride {stride}, want at least 1 of each"
             )
-        needed = stride * (layers - 1) + 1
-        if needed > self.n_layer:
+        needed, available = stride * (layers - 1) + 1, self.num_hidden_layers  # type: ignore[attr-defined]
+        if needed > available:
             raise ValueError(
                 f"{layers} cross-attention layers at stride {stride} need {needed} decoder layers, the model has "
-                f"{self.n_layer}: lower num_cross_attn_layers or cross_attn_layers_stride"
+                f"{available}: lower num_cross_attn_layers or cross_attn_layers_stride"
             )
         width, heads = self.cross_attn_hidden_size, self.cross_attn_num_attention_heads
         kv_heads = self.cross_attn_num_key_value_heads
         assert width is not None
         assert heads is not None
-        assert kv_heads is not None
+        if not isinstance(kv_heads, int):
+            raise ValueError(
+                f"cross_attn_num_key_value_heads is {kv_heads!r}, want a number, {BASE!r} or null"
+            )
         if width % heads:
             raise ValueError(
                 f"cross_attn_hidden_size {width} is not a multiple of cross_attn_num_attention_heads {heads}"
@@ -90,11 +118,88 @@ class CrossAttnGPTBigCodeConfig(GPTBigCodeConfig):
             )
         if not 0 <= self.cross_attn_dropout_prob < 1:
             raise ValueError(f"cross_attn_dropout_prob is {self.cross_attn_dropout_prob}, want 0 <= p < 1")
-        if self.cross_attn_init not in INITS:
-            raise ValueError(f"cross_attn_init is {self.cross_attn_init!r}, want one of {', '.join(INITS)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(choices)}")
 
     @property
     def cross_attn_layers(self) -> list[int]:
         """Decoder layers that carry a block, last first: the stride counts back from the output."""
-        last = self.n_layer - 1
+        last = self.num_hidden_layers - 1  # type: ignore[attr-defined]
         return [last - self.cross_attn_layers_stride * i for i in range(self.num_cross_attn_layers)]
+
+    def base_dict(self) -> dict[str, Any]:
+        """The configuration of the base alone, as a plain model of its family would be given it."""
+        values = self.to_dict()  # type: ignore[attr-defined]
+        ours = {*FIELDS, "architectures", "auto_map", "base_model_type"}
+        return {key: value for key, value in values.items() if key not in ours}
+
+    # A fused model's file has a model type of its own, so that a plain model is never loaded from it by mistake. In
+    # memory the type stays the base's: transformers and other libraries look up what the family needs by it.
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if values.get("model_type", "").startswith(MODEL_TYPE):
+            values["model_type"] = cls.model_type  # type: ignore[attr-defined]
+        return values, unused
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        values = self.to_diff_dict() if use_diff else self.to_dict()  # type: ignore[attr-defined]
+        values |= {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "auto_map": AUTO_MAP}  # type: ignore[attr-defined]
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        with open(os.path.join(save_directory, f"{REMOTE_MODULE}.py"), "w", encoding="utf-8") as file:
+            file.write(REMOTE_CODE)
+
+
+FIELDS = tuple(CrossAttnConfig.__annotations__)
+
+# Lies beside the weights, for who loads them without `import dssk`: transformers then says what to install.
+REMOTE_MODULE = "modeling_dssk"
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_MODULE}.DsskConfig",
+    "AutoModel": f"{REMOTE_MODULE}.DsskModel",
+    "AutoModelForCausalLM": f"{REMOTE_MODULE}.DsskForCausalLM",
+}
+REMOTE_CODE = '''"""This model needs the package dssk: `pip install dssk`, and `import dssk` before it is loaded."""
+
+from dssk.inference.auto import DsskConfig, DsskForCausalLM, DsskModel
+
+__all__ = ["DsskConfig", "DsskForCausalLM", "DsskModel"]
+'''
+
+
+def first_of(config: PreTrainedConfig, names: tuple[str, ...], default: Any = None) -> Any:
+    """The first of several attributes that a configuration has: families name the same thing differently."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+
+def num_attention_heads(config: PreTrainedConfig) -> int:
+    """Heads of the base; 1 for a family without attention, whose blocks then have one."""
+    return first_of(config, ("num_attention_heads", "num_heads"), 1)
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    if getattr(config, "multi_query", False):
+        return 1
+    return first_of(config, ("num_key_value_heads", "num_kv_heads"), num_attention_heads(config))
+
+
+def base_norm(config: PreTrainedConfig) -> str:
+    """`"rms_norm"` or `"layer_norm"`, whichever the base has."""
+    is_rms = hasattr(config, "rms_norm_eps") or config.model_type in _RMS_NORM_ANYWAY
+    return "rms_norm" if is_rms and config.model_type not in _LAYER_NORM_ANYWAY else "layer_norm"
+
+
+def norm_eps(config: PreTrainedConfig) -> float:
+    """What the base's norms add to a variance."""
+    return first_of(config, _NORM_EPS, 1e-5)
+
+
+def activation(config: PreTrainedConfig) -> str:
+    """The name of the base's activation function."""
+    return first_of(config, _ACTIVATION, "gelu")

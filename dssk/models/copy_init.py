@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.configuration import CrossAttnConfig
+from dssk.models.modeling import CrossAttnForCausalLM
 
 GAIN = 2.0  # size of what is copied, in sizes of the decoder's own states
 SHARPNESS = 6.0  # logit of a token that fits the query, where one that does not has about 0
@@ -22,11 +22,11 @@ PENALTY = 1e-2  # of the regressions, relative to the mean variance of a state
 MAX_TOKENS = 40_000  # more make no better regression
 
 
-def check_copy_init(config: CrossAttnGPTBigCodeConfig) -> None:
+def check_copy_init(config: CrossAttnConfig) -> None:
     """Raise `ValueError` for a layout that the closed form does not fit."""
     heads, kv_heads = config.cross_attn_num_attention_heads, config.cross_attn_num_key_value_heads
     fits = {
-        "cross_attn_hidden_size": config.cross_attn_hidden_size == config.n_embd,
+        "cross_attn_hidden_size": config.cross_attn_hidden_size == config.hidden_size,
         "cross_attn_num_key_value_heads": kv_heads == heads,
         "cross_attn_shared_projections": not config.cross_attn_shared_projections,
         "cross_attn_shared_weights": not config.cross_attn_shared_weights,
@@ -40,7 +40,7 @@ def check_copy_init(config: CrossAttnGPTBigCodeConfig) -> None:
 
 
 @torch.no_grad()
-def copy_init_(model: CrossAttnGPTBigCodeForCausalLM, contexts: Iterable[list[int]], seed: int = 0) -> None:
+def copy_init_(model: CrossAttnForCausalLM, contexts: Iterable[list[int]], seed: int = 0) -> None:
     """Set the attention of the last block, given the tokens of contexts as they are encoded.
 
     Each head compares a query made of the token just read and the one before it with keys made of the token before
@@ -49,7 +49,7 @@ def copy_init_(model: CrossAttnGPTBigCodeForCausalLM, contexts: Iterable[list[in
     check_copy_init(model.config)
     states, hidden_states, tokens = _sample(model, contexts)  # (N, d), (N, d), (N, 3)
     own, previous, second = tokens.unbind(1)
-    block: Any = model.transformer.cross_attn[0]  # the last layer's
+    block: Any = model.cross_attn_blocks[0]  # the last layer's
     attention = block.attn
     inputs = block.ln_1(hidden_states.to(block.ln_1.weight)).float()
     generator = torch.Generator().manual_seed(seed)
@@ -74,15 +74,16 @@ def copy_init_(model: CrossAttnGPTBigCodeForCausalLM, contexts: Iterable[list[in
 
 
 def _sample(
-    model: CrossAttnGPTBigCodeForCausalLM, contexts: Iterable[list[int]]
+    model: CrossAttnForCausalLM, contexts: Iterable[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of about `MAX_TOKENS` tokens: encoder states, the decoder's states after its last layer, and the token with
     the two before it."""
     states: list[torch.Tensor] = []
     hidden_states: list[torch.Tensor] = []
     tokens: list[torch.Tensor] = []
-    hook = model.transformer.ln_f.register_forward_pre_hook(
-        lambda _, args: hidden_states.append(args[0][0, 2:])
+    last_layer = model.base_model.decoder_layers()[-1]
+    hook = last_layer.register_forward_hook(
+        lambda _, args, output: hidden_states.append((output[0] if isinstance(output, tuple) else output)[0, 2:])
     )
     try:
         for context in contexts:

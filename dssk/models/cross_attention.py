@@ -1,4 +1,4 @@
-"""The cross-attention block: all that is trained. Nothing here knows of StarCoder.
+"""The cross-attention block: all that is trained. Nothing here knows of a family of decoders.
 
 Shapes: C contexts, r decoder rows on each context, B = C * r decoder rows, T decoder tokens, S context tokens,
 H attention heads, K key/value heads, G = H / K, D head size, E = H * D width, d hidden size of the decoder.
@@ -9,14 +9,15 @@ no key or value is ever repeated for beams, sampled sequences, questions or grou
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_bigcode.modeling_gpt_bigcode import eager_attention_forward
 
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.configuration import activation, norm_eps
 
 
 class CrossAttnLinear(nn.Linear):
@@ -31,7 +32,7 @@ class CrossAttnOutput(CrossAttnLinear):
 class ProjectedContext:
     """Keys and values of C contexts, ready to be attended to by any number of decoder rows.
 
-    Made by `CrossAttnGPTBigCodeForCausalLM.project_context`, once a context; not changed by generation.
+    Made by `project_context` of a fused model, once a context; not changed by generation, and its own deep copy.
     """
 
     keys: tuple[torch.Tensor, ...]  # (C, K, S, D) for each set of block weights
@@ -40,6 +41,9 @@ class ProjectedContext:
 
     def __len__(self) -> int:
         return self.keys[0].shape[0]
+
+    def __deepcopy__(self, memo: dict) -> "ProjectedContext":
+        return self  # generation copies its arguments; nothing here is ever written to
 
     @property
     def nbytes(self) -> int:
@@ -53,12 +57,12 @@ class CrossAttention(nn.Module):
     is_causal = False
     num_key_value_groups = 1  # grouped heads are folded into the query's length
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.num_heads: int = config.cross_attn_num_attention_heads  # type: ignore[assignment]
-        self.num_kv_heads: int = config.cross_attn_num_key_value_heads  # type: ignore[assignment]
-        width: int = config.cross_attn_hidden_size  # type: ignore[assignment]
+        self.num_heads: int = config.cross_attn_num_attention_heads
+        self.num_kv_heads: int = config.cross_attn_num_key_value_heads
+        width: int = config.cross_attn_hidden_size
         self.head_dim = width // self.num_heads
         self.scaling = self.head_dim**-0.5
         kv_width = self.num_kv_heads * self.head_dim
@@ -70,23 +74,21 @@ class CrossAttention(nn.Module):
         self.v_attn = CrossAttnLinear(config.hidden_size, kv_width)
         self.c_proj = CrossAttnOutput(width, config.hidden_size)
 
-    def project_context(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (C, K, S, D) of encoder states (C, S, d)."""
-        to_keys = self.q_k_attn if self.config.cross_attn_shared_projections else self.k_attn
-        split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
-        return to_keys(states).view(split).transpose(1, 2), self.v_attn(states).view(split).transpose(1, 2)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from `hidden_states` (B, T, d); returns (B, T, d) and, if eager, the weights (B, H, T, S).
 
-        A row whose context is masked throughout gets an attention output of zero, in every implementation.
+        A row whose context is masked throughout gets an attention output of zero, in every implementation. Without
+        keys, `hidden_states` (C, S, d) are a context's: returns its keys and values, (C, K, S, D) each. That is a
+        call of the module, too, as sharding and offloading bring weights in by hooks on calls.
         """
+        if keys is None or values is None:
+            return self._project(hidden_states.to(self.v_attn.weight.dtype))
         rows, tokens, _ = hidden_states.shape
         contexts, groups = keys.shape[0], self.num_heads // self.num_kv_heads
         if rows % contexts:
@@ -100,7 +102,7 @@ class CrossAttention(nn.Module):
             implementation = (
                 "sdpa"  # flash kernels take no mask over keys apart from the queries' own padding
             )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         attended, weights = attend(
             self,
             queries,
@@ -119,6 +121,29 @@ class CrossAttention(nn.Module):
             weights = weights.permute(0, 3, 1, 2, 4, 5).reshape(rows, self.num_heads, tokens, -1)
         return self.c_proj(attended), weights
 
+    def _project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (C, K, S, D) of encoder states (C, S, d)."""
+        to_keys = self.q_k_attn if self.config.cross_attn_shared_projections else self.k_attn
+        split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
+        return to_keys(states).view(split).transpose(1, 2), self.v_attn(states).view(split).transpose(1, 2)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, in transformers' interface: (C, K, Q, D) queries to (C, Q, K, D), and the weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
 
 def attention_mask(
     mask: torch.Tensor | None, implementation: str | None, dtype: torch.dtype
@@ -133,33 +158,57 @@ def attention_mask(
 class CrossAttnMLP(nn.Module):
     """d -> 4E -> d with the decoder's activation."""
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+    def __init__(self, config: Any):
         super().__init__()
-        inner = 4 * config.cross_attn_hidden_size  # type: ignore[operator]
+        inner = 4 * config.cross_attn_hidden_size
         self.c_fc = CrossAttnLinear(config.hidden_size, inner)
-        self.act = ACT2FN[config.activation_function]
+        self.act = ACT2FN[activation(config)]
         self.c_proj = CrossAttnOutput(inner, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.act(self.c_fc(hidden_states)))
 
 
-class CrossAttnBlock(nn.Module):
-    """`h + CrossAttention(LN1(h), context)`, then `h + MLP(LN2(h))`."""
+class CrossAttnGatedMLP(nn.Module):
+    """d -> 8/3 E -> d, gated as in Shazeer, "GLU Variants Improve Transformer", 2020: as many weights as a plain one."""
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig):
+    def __init__(self, config: Any):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        inner = -(-8 * config.cross_attn_hidden_size // 3 // 8) * 8
+        self.gate_proj = CrossAttnLinear(config.hidden_size, inner, bias=False)
+        self.c_fc = CrossAttnLinear(config.hidden_size, inner, bias=False)
+        self.act = ACT2FN[activation(config)]
+        self.c_proj = CrossAttnOutput(inner, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.act(self.gate_proj(hidden_states)) * self.c_fc(hidden_states))
+
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+MLPS = {"plain": CrossAttnMLP, "gated": CrossAttnGatedMLP}
+
+
+class CrossAttnBlock(GradientCheckpointingLayer):
+    """`h + CrossAttention(norm1(h), context)`, then `h + MLP(norm2(h))`."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        norm = NORMS[config.cross_attn_norm]
+        self.ln_1 = norm(config.hidden_size, eps=norm_eps(config))
         self.attn = CrossAttention(config)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = CrossAttnMLP(config)
+        self.ln_2 = norm(config.hidden_size, eps=norm_eps(config))
+        self.mlp = MLPS[config.cross_attn_mlp](config)
 
     def forward(
-        self, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The decoder's states (B, T, d) after this block, in the dtype and on the device they came in."""
         # The blocks may train in fp32 inside a decoder kept in half precision.
-        states = hidden_states.to(self.ln_1.weight)
+        states = hidden_states.to(self.ln_1.weight.dtype)
         states = states + self.attn(self.ln_1(states), keys, values, mask)[0]
         states = states + self.mlp(self.ln_2(states))
         return states.to(hidden_states)

@@ -1,8 +1,10 @@
-"""StarCoder with cross-attention: a frozen GPTBigCode decoder, and the blocks placed into it.
+"""A decoder of any family that reads cached contexts: a frozen base, and cross-attention blocks placed into it.
 
 What is unusual here:
-- The base model's weights keep their own names, so any GPTBigCode checkpoint loads; all new ones live under
-  `transformer.cross_attn`, once each, however many decoder layers use them.
+- No class is written for a family. Mixins are put before the family's own classes (`dssk.inference.auto` does it),
+  and before those of its layers when a model is made: names, forward passes and everything else stay the base's.
+- The base's weights keep their names, so any checkpoint of the family loads; all new ones live under `cross_attn.`
+  of the backbone, once each, however many decoder layers use them.
 - A context is projected to keys and values once (`project_context`) and then shared by all tokens, beams and
   questions. With shared weights one projection also serves every layer.
 - Without a context the blocks are skipped: the model *is* its base, bit for bit.
@@ -10,25 +12,23 @@ What is unusual here:
 Shapes as in `cross_attention.py`: B decoder rows, T decoder tokens, C contexts, S context tokens, d hidden size.
 """
 
+import functools
+import inspect
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeModel, PreTrainedTokenizerBase
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeBlock, GPTBigCodeMLP
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithCrossAttentions
 from transformers.utils import cached_file
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, CompileableContextVar, OutputRecorder
 
-from dssk.inference.answering import answer
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.models.configuration import FIELDS, CrossAttnConfig
 from dssk.models.cross_attention import (
     CrossAttention,
     CrossAttnBlock,
@@ -36,9 +36,18 @@ from dssk.models.cross_attention import (
     CrossAttnOutput,
     ProjectedContext,
 )
-from dssk.models.loss import labelled_positions, next_token_loss
+from dssk.models.loss import next_token_loss, shifted
 
 WEIGHTS_FILE = "model.safetensors"
+CONTEXT_ARGUMENTS = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "context_input_ids",
+    "context_attention_mask",
+    "context",
+)
+NO_SPLIT = ("CrossAttnBlock", "CrossAttention")  # called apart: a context is projected outside the layers
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def is_cross_attn(name: str) -> bool:
@@ -46,196 +55,359 @@ def is_cross_attn(name: str) -> bool:
     return "cross_attn." in name
 
 
-class SparseMLP(GPTBigCodeMLP):
-    """The MLP of the last decoder layer, which can leave out positions that nothing above looks at."""
+# --- how a context reaches the layers -------------------------------------------------------------------------
 
-    def __init__(self, intermediate_size: int, config: CrossAttnGPTBigCodeConfig):
-        super().__init__(intermediate_size, config)
-        self._needed: torch.Tensor | None = None
-
-    @contextmanager
-    def only(self, needed: torch.Tensor) -> Iterator[None]:
-        """Inside, compute the positions `needed` (B, N) alone; the others are zero."""
-        self._needed = needed
-        try:
-            yield
-        finally:
-            self._needed = None
-
-    def forward(self, hidden_states):
-        if self._needed is None:
-            return super().forward(hidden_states)
-        index = self._needed[..., None].expand(-1, -1, hidden_states.shape[-1])
-        picked = super().forward(hidden_states.gather(1, index))
-        return picked.new_zeros(hidden_states.shape).scatter(1, index, picked)  # autocast changes the type
+# The forward passes of most families hand unknown arguments down to their layers, but not all do. A variable of the
+# call reaches every one, and threads apart from each other.
+_reading = CompileableContextVar("dssk_context")  # (blocks, ProjectedContext), what the layers are to read
+_headed = CompileableContextVar("dssk_head")  # last hidden states for which only the LM head is to be computed
 
 
-class CrossAttnGPTBigCodeBlock(GPTBigCodeBlock):
-    """A decoder block that reads the context before (or after) its own work."""
+@contextmanager
+def _set(variable: CompileableContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
-    def __init__(
-        self, config: CrossAttnGPTBigCodeConfig, layer_idx: int, cross_attn: CrossAttnBlock, index: int
-    ):
-        super().__init__(config, layer_idx)
-        # In a tuple the block is not registered a second time: its weights have one name, shared or not.
-        self._cross_attn = (cross_attn,)
-        self._index = index
-        self._final = config.cross_attn_final_layer
-        self._last = layer_idx == config.n_layer - 1
-        if self._last:
-            self.mlp = SparseMLP(self.inner_dim, config)
 
-    def __call__(self, hidden_states, *args, context: ProjectedContext | None = None, needed=None, **kwargs):
-        """Hand keys and values on as positional arguments: reentrant checkpointing tracks gradients only of those."""
-        if context is None:
-            return super().__call__(hidden_states, *args, **kwargs)
-        keys, values = context.keys[self._index], context.values[self._index]
-        return super().__call__(
-            hidden_states, keys, values, context_mask=context.mask, needed=needed, **kwargs
+class ReadingLayer:
+    """Mixed into each decoder layer: one that carries a block lets it read the context, before or after itself."""
+
+    cross_attn_index: int | None = None  # which set of block weights; None for a layer without a block
+    cross_attn_final: bool = False
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reading = _reading.get()
+        if reading is None or self.cross_attn_index is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        blocks, context = reading
+        index = self.cross_attn_index
+        # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
+        read = functools.partial(
+            _read, blocks[index], keys=context.keys[index], values=context.values[index], mask=context.mask
         )
+        if self.cross_attn_final:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return (read(output[0]), *output[1:]) if isinstance(output, tuple) else read(output)
+        if args:
+            args = (read(args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = read(kwargs["hidden_states"])
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def forward(self, hidden_states, keys=None, values=None, context_mask=None, needed=None, **kwargs):
-        if values is None:
-            return super().forward(hidden_states, **kwargs)
-        (cross_attn,) = self._cross_attn
-        if not self._last:
-            needed = None
-        if not self._final:
-            return self._decode(cross_attn(hidden_states, keys, values, context_mask), needed, **kwargs)
-        hidden_states = self._decode(hidden_states, needed, **kwargs)
-        if needed is None:
-            return cross_attn(hidden_states, keys, values, context_mask)
-        # Nothing above looks at other positions: only those that the loss reads need to pass the block.
-        index = needed[..., None].expand(-1, -1, hidden_states.shape[-1])
-        picked = cross_attn(hidden_states.gather(1, index), keys, values, context_mask)
-        return hidden_states.scatter(1, index, picked)
-
-    def _decode(self, hidden_states, needed, **kwargs):
-        """The decoder's own layer; the MLP only where a position is needed."""
-        if needed is None:
-            return super().forward(hidden_states, **kwargs)
-        with self.mlp.only(needed):
-            return super().forward(hidden_states, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A layer above a block has its flag set, for gradient checkpointing looks at it; some families also look at
+        # it to drop out activations, and the base is frozen.
+        if not self.training:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        self.training = False
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.training = True
 
 
-class CrossAttnGPTBigCodeModel(GPTBigCodeModel):
-    """The decoder without its LM head."""
+def _read(block: CrossAttnBlock, hidden_states: torch.Tensor, keys, values, mask) -> torch.Tensor:
+    # Positional: reentrant checkpointing tracks gradients of positional arguments alone.
+    return block(hidden_states, keys, values, mask)
 
-    config_class = CrossAttnGPTBigCodeConfig
-    _no_split_modules = ["GPTBigCodeBlock", "CrossAttnGPTBigCodeBlock", "CrossAttnBlock"]
-    _can_record_outputs = {
-        **GPTBigCodeModel._can_record_outputs,
-        "cross_attentions": OutputRecorder(CrossAttention, index=1),
-    }
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig):
-        super().__init__(config)
-        layers = config.cross_attn_layers
-        distinct = 1 if config.cross_attn_shared_weights else len(layers)
-        blocks = [CrossAttnBlock(config) for _ in range(distinct)]
-        self.cross_attn = nn.ModuleList(blocks)
-        for number, layer_idx in enumerate(layers):
-            index = number % distinct
-            self.h[layer_idx] = CrossAttnGPTBigCodeBlock(config, layer_idx, blocks[index], index)
-        self.post_init()
+class SkippedStack:
+    """Mixed into the module that runs the layers: hands on states that are ready when only the LM head is wanted."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ready = _headed.get()
+        return super().forward(*args, **kwargs) if ready is None else _Ready(last_hidden_state=ready)  # type: ignore[misc]
+
+
+class _Ready(BaseModelOutputWithPast):
+    """What a backbone would return; whatever else a family's LM head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@functools.cache
+def mixed(mixin: type, cls: type) -> type:
+    """The class with a mixin before it, under its own name: sharding and offloading name classes."""
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the decoder layers, and their list. Raises `ValueError` if there is no list of `count`."""
+    for module in backbone.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise ValueError(f"{type(backbone).__name__} has no list of {count} layers: it cannot read a context")
+
+
+def declare(forward: Callable, base: Callable, extra: tuple[str, ...]) -> Callable:
+    """`forward` with the documentation and the parameters of `base`, and `extra` ones on top.
+
+    Libraries look at a model's signature: transformers' generation and `Trainer`, peft, export.
+    """
+
+    @functools.wraps(base)
+    def declared(self, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    parameters = list(inspect.signature(base).parameters.values())
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    known = {p.name for p in named}
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra if n not in known]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    declared.__signature__ = inspect.Signature([*named, *added, rest])  # type: ignore[attr-defined]
+    return declared
+
+
+# --- the models ------------------------------------------------------------------------------------------------
+
+
+class CrossAttnPreTrainedModel:
+    """What the backbone and the model with its LM head have in common; mixed in before a family's class."""
+
+    config: Any
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # weights are converted and initialized as the base's
+
+    @property
+    def cross_attn_blocks(self) -> nn.ModuleList:
+        """The distinct sets of block weights, those of the highest layer first."""
+        return self.base_model.cross_attn  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, CrossAttnOutput) and self.config.cross_attn_init != "normal":
             init.zeros_(module.weight)
         elif isinstance(module, CrossAttnLinear):
-            std = self.config.initializer_range
+            std = getattr(self.config, "initializer_range", None) or 0.02
             init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, nn.RMSNorm):  # of a block: a base's are classes of their family
+            init.ones_(module.weight)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def freeze_base(self) -> None:
+        """Leave gradients to the cross-attention blocks alone."""
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            parameter.requires_grad_(is_cross_attn(name))
+
+    def train(self, mode: bool = True):
+        """Only the cross-attention blocks are ever in train mode; the base stays in eval (no dropout)."""
+        super().train(False)  # type: ignore[misc]
+        backbone: Any = self.base_model  # type: ignore[attr-defined]
+        self.training = backbone.training = mode
+        backbone.cross_attn.train(mode)
+        # Gradient checkpointing looks at a layer's own flag. Below the lowest block there is nothing to differentiate.
+        for layer in backbone.decoder_layers()[min(self.config.cross_attn_layers) :]:
+            layer.training = mode
+        return self
+
+    def project_context(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+    ) -> ProjectedContext:
+        """Project encoder states (C, S, d) to what the blocks attend to, once for all tokens and questions.
+
+        `encoder_attention_mask` (C, S), nonzero = attend. In training, `cross_attn_dropout_prob` of the tokens are
+        hidden here, never all of a context's.
+        """
+        states = encoder_hidden_states
+        if not isinstance(states, torch.Tensor) or states.ndim != 3:
+            raise ValueError(f"encoder_hidden_states are {_described(states)}, want (contexts, tokens, hidden size)")
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"encoder_attention_mask is {tuple(mask.shape)}, want {tuple(states.shape[:2])} as the states"
+            )
+        if self.training and self.config.cross_attn_dropout_prob > 0:
+            if mask is None:
+                mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            mask = hide_tokens(mask, self.config.cross_attn_dropout_prob)
+        keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
+        return ProjectedContext(keys, values, None if mask is None else mask.to(keys[0].device))
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode contexts (C, S) with the base: its last hidden states (C, S, d), and their boolean mask (C, S).
+
+        Padding may stand on either side, the states of a context are the same.
+        """
+        with _set(_reading, None):
+            return encode(self.base_model, input_ids, attention_mask)  # type: ignore[attr-defined]
+
+    def _take_context(self, kwargs: dict[str, Any]) -> ProjectedContext | None:
+        """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
+        states, mask, ids, ids_mask, context = (kwargs.pop(name, None) for name in CONTEXT_ARGUMENTS)
+        given = {"encoder_hidden_states": states, "context_input_ids": ids, "context": context}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(f"got {' and '.join(names)}, want one of them")
+        if ids is not None:
+            states, mask = self.encode(ids, ids_mask)
+        if states is not None:
+            return self.project_context(states, mask)
+        if context is not None:
+            blocks = len(self.cross_attn_blocks)
+            if not isinstance(context, ProjectedContext):
+                raise ValueError(f"context is {_described(context)}, want what project_context returns")
+            if len(context.keys) != blocks:
+                raise ValueError(
+                    f"the context was projected for {len(context.keys)} blocks, this model has {blocks}: project it again"
+                )
+        return context
+
+    def _reads(self, context: ProjectedContext | None):
+        """What the layers read inside the block; one that is set already stays."""
+        return _set(_reading, _reading.get() if context is None else (self.cross_attn_blocks, context))
 
 
-class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
-    """A frozen StarCoder-family model that answers from cached contexts.
+class CrossAttnModel(CrossAttnPreTrainedModel):
+    """A backbone, without LM head, with its blocks. Mixed in before a family's class."""
 
-    >>> model = CrossAttnGPTBigCodeForCausalLM.from_base("bigcode/starcoderbase-1b", num_cross_attn_layers=6)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.place_blocks()
+        self.post_init()  # type: ignore[attr-defined]
+        self.freeze_base()
+
+    def place_blocks(self) -> None:
+        """Make the blocks, and the layers read them."""
+        layers = self.config.cross_attn_layers
+        distinct = 1 if self.config.cross_attn_shared_weights else len(layers)
+        self.cross_attn = nn.ModuleList(CrossAttnBlock(self.config) for _ in range(distinct))
+        stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)  # type: ignore[arg-type]
+        if stack is not self:
+            stack.__class__ = mixed(SkippedStack, type(stack))
+        for layer in decoder_layers:
+            layer.__class__ = mixed(ReadingLayer, type(layer))
+        for number, layer_idx in enumerate(layers):
+            layer: Any = decoder_layers[layer_idx]
+            layer.cross_attn_index = number % distinct
+            layer.cross_attn_final = self.config.cross_attn_final_layer
+        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs  # type: ignore[attr-defined,index]
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The base's layers, lowest first."""
+        return find_layers(self, self.config.num_hidden_layers)[1]  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's, with at most one kind of context (see `CrossAttnForCausalLM.forward`)."""
+        ready = _headed.get()
+        if ready is not None:
+            return _Ready(last_hidden_state=ready)
+        with self._reads(self._take_context(kwargs)):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
+    """A frozen language model that answers from cached contexts. Mixed in before a family's class.
+
+    >>> model = dssk.from_base("bigcode/starcoderbase-1b", num_cross_attn_layers=6)
     >>> states, mask = model.encode(**tokenizer(["context: ..."], return_tensors="pt"))
     >>> context = model.project_context(states, mask)
     >>> model.generate(**tokenizer(["question: ... \\n answer:"], return_tensors="pt"), context=context)
     """
 
-    config_class = CrossAttnGPTBigCodeConfig
-    _no_split_modules = CrossAttnGPTBigCodeModel._no_split_modules
+    backbone_class: type[CrossAttnModel]  # of the same family
+    forward_parameters: tuple[str, ...]  # of the base, in its order
 
-    def __init__(self, config: CrossAttnGPTBigCodeConfig):
-        super().__init__(config)
-        self.transformer = CrossAttnGPTBigCodeModel(config)
-        self.post_init()
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        backbone: Any = self.base_model  # type: ignore[attr-defined]
+        backbone.__class__ = self.backbone_class
+        backbone.place_blocks()
+        backbone.post_init()
+        self.post_init()  # type: ignore[attr-defined]
         self.freeze_base()
 
     @classmethod
-    def from_base(
-        cls, base: str | os.PathLike, revision: str | None = None, **kwargs: Any
-    ) -> "CrossAttnGPTBigCodeForCausalLM":
-        """Place new cross-attention blocks into the GPTBigCode model at `base`, a folder or a name on the Hub.
+    def from_base(cls, base: str | os.PathLike, revision: str | None = None, **kwargs: Any):
+        """Place new cross-attention blocks into the model at `base`, a folder or a name on the Hub.
 
-        `kwargs` are the fields of `CrossAttnGPTBigCodeConfig`; any other goes to `from_pretrained` (`dtype`,
-        `device_map`, ...). Raises `ValueError` for an impossible layout or a base of another kind.
+        `kwargs` are the fields of `CrossAttnConfig`; any other goes to `from_pretrained` (`dtype`, `device_map`,
+        ...). Raises `ValueError` for an impossible layout or a base of another kind.
         """
-        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in CrossAttnGPTBigCodeConfig.__annotations__}
-        base_config = GPTBigCodeConfig.from_pretrained(base, revision=revision)
-        if base_config.model_type != GPTBigCodeConfig.model_type:
-            raise ValueError(f"{base} is a {base_config.model_type} model, want gpt_bigcode")
-        inherited = base_config.to_dict()
-        for key in ("model_type", "architectures", "transformers_version"):
-            inherited.pop(key, None)
-        config = CrossAttnGPTBigCodeConfig(
-            **inherited,
-            **ours,
-            base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else str(base),
-            base_model_revision=revision,
-        )
-        return cls._load_base(base, config, revision=revision, **kwargs)
+        ours = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
+        config_class: Any = cls.config_class  # type: ignore[attr-defined]
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        values, _ = config_class.get_config_dict(base, revision=revision, **hub)
+        if values.get("model_type") != config_class.model_type:
+            raise ValueError(f"{base} is a {values.get('model_type')} model, want {config_class.model_type}")
+        for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+            values.pop(key, None)
+        named = {
+            "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
+            "base_model_revision": revision,
+        }
+        return cls._load_base(base, config_class(**{**values, **named, **ours}), revision=revision, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
+    ):
         """Load a fused model, or cross-attention weights alone together with the base model they name.
 
         `base_model` (a folder or a Hub name) overrides where the base is looked for.
         """
-        base = kwargs.pop("base_model", None)
-        config = kwargs.pop("config", None)
-        if not isinstance(config, CrossAttnGPTBigCodeConfig):
-            hub = {
-                k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
-            }
-            config = CrossAttnGPTBigCodeConfig.from_pretrained(path, **hub)
+        path, base = pretrained_model_name_or_path, kwargs.pop("base_model", None)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, CrossAttnConfig):
+            # As transformers does: what is a field of the configuration changes it, the rest is for the model.
+            config, kwargs = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
+                path if config is None else config, return_unused_kwargs=True, **{**hub, **kwargs}
+            )
+            kwargs |= hub
+        load = super().from_pretrained  # type: ignore[misc]
         if config.cross_attn_only:
-            revision = kwargs.pop("revision", None)
-            weights = cached_file(path, WEIGHTS_FILE, revision=revision)
+            weights = _load_weights(path, kwargs.pop("variant", None), **hub)
+            for name in hub:
+                if name not in ("token", "cache_dir", "local_files_only"):
+                    kwargs.pop(name)
             base = base or config.base_model_name_or_path
+            with_info = kwargs.pop("output_loading_info", False)
             model = cls._load_base(base, config, revision=config.base_model_revision, **kwargs)
-            model.load_cross_attention(load_file(weights))
-            return model
+            model.load_cross_attention(weights)
+            info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            return (model, {**info, "error_msgs": []}) if with_info else model
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
-        if missing := [name for name in info["missing_keys"] if is_cross_attn(name)]:
+        model, info = load(path, *args, config=config, output_loading_info=True, **kwargs)
+        if missing := sorted(name for name in info["missing_keys"] if is_cross_attn(name)):
             raise ValueError(f"{path} has no weights for {missing[0]} and {len(missing) - 1} more")
         model.freeze_base()
         return (model, info) if with_info else model
 
     @classmethod
-    def _load_base(
-        cls, base, config: CrossAttnGPTBigCodeConfig, **kwargs: Any
-    ) -> "CrossAttnGPTBigCodeForCausalLM":
+    def _load_base(cls, base: str | os.PathLike, config: CrossAttnConfig, **kwargs: Any):
         """Base weights under their own names; exactly the cross-attention weights are new."""
-        with _quiet_load_report():  # checked below, more strictly
-            model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)
+        with quiet_load_report():  # checked below, more strictly
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                base, config=config, output_loading_info=True, **kwargs
+            )
         expected = {name for name, _ in model.named_parameters() if is_cross_attn(name)}
-        if strange := (set(info["missing_keys"]) ^ expected) | set(info["unexpected_keys"]):
+        tied = set(model.all_tied_weights_keys)
+        if strange := ((set(info["missing_keys"]) - tied) ^ expected) | set(info["unexpected_keys"]):
             raise ValueError(
-                f"{base} is not a plain GPTBigCode checkpoint: {len(strange)} keys, {sorted(strange)[0]}"
+                f"{base} is not a plain {config.model_type} checkpoint: "  # type: ignore[attr-defined]
+                f"{len(strange)} keys, {sorted(strange)[0]}"
             )
         model.freeze_base()
         return model
 
     def load_cross_attention(self, weights: dict[str, torch.Tensor]) -> None:
         """Load cross-attention weights, exactly those this model has; raises `ValueError` for any other set."""
-        own = {name: p for name, p in self.named_parameters() if is_cross_attn(name)}
+        own = {name: p for name, p in self.named_parameters() if is_cross_attn(name)}  # type: ignore[attr-defined]
         wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights]
         wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
         if wrong:
@@ -251,161 +423,97 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
     ) -> None:
         """Save the fused model, or with `cross_attn_only` the new weights and the name of their base: megabytes."""
         if cross_attn_only:
-            state_dict = kwargs.get("state_dict") or self.state_dict()
+            if self.config.base_model_name_or_path is None:
+                raise ValueError(
+                    "this model names no base to place its blocks into, or its embeddings were resized: save it whole"
+                )
+            state_dict = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
             kwargs["state_dict"] = {name: t for name, t in state_dict.items() if is_cross_attn(name)}
+            kwargs["save_original_format"] = False  # the names of a family's published weights are not ours
         was, self.config.cross_attn_only = self.config.cross_attn_only, cross_attn_only
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.config.cross_attn_only = was
 
-    def freeze_base(self) -> None:
-        """Leave gradients to the cross-attention blocks alone."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_cross_attn(name))
-
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        self.config.base_model_name_or_path = None  # its embeddings are others now
         self.freeze_base()
         return embeddings
 
-    def train(self, mode: bool = True):
-        """Only the cross-attention blocks are ever in train mode; the base stays in eval (no dropout)."""
-        super().train(False)
-        self.training = self.transformer.training = mode
-        self.transformer.cross_attn.train(mode)
-        # Gradient checkpointing looks at a block's own flag. Below the lowest cross-attention block there is
-        # nothing to differentiate, and nothing inside a block looks at the flag.
-        for block in self.transformer.h[min(self.config.cross_attn_layers) :]:
-            block.training = mode
-        return self
-
     def trainable_parameters(self) -> tuple[int, int]:
         """How many parameters train, and how many there are in all."""
-        return self.num_parameters(only_trainable=True), self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """One line, as in PEFT."""
-        trainable, total = self.trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
-        )
-
-    @torch.no_grad()
-    def encode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode contexts (C, S) with the base: states (C, S, d) after `ln_f`, and their boolean mask (C, S)."""
-        states = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return states, mask.bool()
-
-    def project_context(
-        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
-    ) -> ProjectedContext:
-        """Project encoder states (C, S, d) to what the blocks attend to, once for all tokens and questions.
-
-        In training, `cross_attn_dropout_prob` of the tokens are hidden here, never all of a context's.
-        """
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
-        if self.training and self.config.cross_attn_dropout_prob > 0:
-            if mask is None:
-                mask = torch.ones(
-                    encoder_hidden_states.shape[:2], dtype=torch.bool, device=encoder_hidden_states.device
-                )
-            mask = hide_tokens(mask, self.config.cross_attn_dropout_prob)
-        elif mask is not None and not self.training and bool(mask.all()):
-            mask = None  # attention without a mask takes the faster kernels
-        blocks: Any = self.transformer.cross_attn
-        states = encoder_hidden_states.to(blocks[0].ln_1.weight)
-        keys, values = zip(*(block.attn.project_context(states) for block in blocks), strict=True)
-        return ProjectedContext(keys, values, None if mask is None else mask.to(states.device))
-
-    def answer(
-        self,
-        questions: str | Sequence[str],
-        contexts: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **generate: Any,
-    ) -> Any:
-        """Answer one question with a text, or several with a list of texts.
-
-        Args:
-            contexts: what the answer is to be found in: a text, encoder states (S, d), or a list of these, which
-                are encoded apart and attended to together. With several questions, a list of one such entry a
-                question, or one text, states or `ProjectedContext` for all. `None` asks the base.
-            tokenizer: with the padding token set, as `dssk.tokenizer.load_tokenizer` does. If not given it is loaded
-                on each call from where the model was loaded from.
-            generate: `batch_size` (32 questions), `show_progress`; the rest goes to `generate`. By default that is
-                greedy and ends after 32 tokens.
-
-        A text is encoded once, however many questions it is given with, and cut to the model's positions.
-        """
-        return answer(self, questions, contexts, tokenizer, **generate)
+        return self.num_parameters(only_trainable=True), self.num_parameters()  # type: ignore[attr-defined]
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        past_key_values=None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        context_input_ids: torch.Tensor | None = None,
-        context_attention_mask: torch.Tensor | None = None,
-        context: ProjectedContext | None = None,
+        *args: Any,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        label_smoothing: float = 0.0,
         skip_logits: bool | None = None,
+        smoothing: float = 0.0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Decode `input_ids` (B, T) from at most one kind of context; without any, this is the base model.
+    ) -> Any:
+        """As the base's `forward` on `input_ids` (B, T), with at most one kind of context; without any, it is the base.
 
         Args:
             encoder_hidden_states: (C, S, d) as `encode` gives them; B is a multiple of C, and the rows that
                 share a context lie together.
             encoder_attention_mask: (C, S), nonzero = attend.
-            context_input_ids: (C, S) tokens, encoded here.
+            context_input_ids: (C, S) tokens, encoded here; `context_attention_mask` is theirs.
             context: a context that was projected ahead of time.
-            labels: (B, T), -100 = ignored. They are shifted here, as in all of transformers.
+            labels: (B, T), -100 = ignored. They are shifted here, as in all of transformers; `shift_labels` (B, T)
+                are what each position is to predict already.
             num_items_in_batch: divisor of the summed loss; the labels of this batch if not given.
+            smoothing: probability mass that the loss spreads over the vocabulary.
             skip_logits: with labels, return no logits and never compute those of unlabelled positions;
-                the default in train mode. The last hidden states of such positions are then not to be used.
+                the default in train mode.
         """
-        if context is None:
-            context = self._read_context(
-                encoder_hidden_states, encoder_attention_mask, context_input_ids, context_attention_mask
-            )
-        inputs = {
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            **({} if context is None else {"context": context}),
-            **kwargs,
-        }
-        if labels is None:
-            return super().forward(input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **inputs)
-        skip_logits = self.training if skip_logits is None else skip_logits
-        if skip_logits and context is not None:
-            inputs["needed"] = labelled_positions(labels)
-        outputs = self.transformer(input_ids, use_cache=bool(use_cache) and not self.training, **inputs)
+        kwargs |= dict(zip(self.forward_parameters, args, strict=False))
+        labels = kwargs.pop("labels", labels)
+        targets = kwargs.pop("shift_labels", None)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        context = self._take_context(kwargs)
+        if targets is None and labels is not None:
+            targets = shifted(labels)
+        with self._reads(context):
+            if targets is None:
+                return super().forward(**kwargs)  # type: ignore[misc]
+            as_dict = kwargs.pop("return_dict", None)
+            as_dict = self.config.return_dict if as_dict is None else as_dict
+            kwargs.pop("logits_to_keep", None)
+            if self.training:
+                kwargs["use_cache"] = False
+            outputs = self.base_model(**kwargs, return_dict=True)  # type: ignore[attr-defined]
         hidden_states = outputs.last_hidden_state
-        loss = next_token_loss(
-            hidden_states, self.lm_head.weight, labels, num_items_in_batch, label_smoothing
-        )
-        return CausalLMOutputWithCrossAttentions(
+        targets = targets.to(hidden_states.device)
+        skip_logits = self.training if skip_logits is None else skip_logits
+        logits = None if skip_logits else self._logits(hidden_states)
+        if logits is None:
+            states, head = hidden_states, self._logits
+        else:
+            states, head = logits, _identity
+        vocabulary = self.config.get_text_config().vocab_size
+        loss = next_token_loss(states, head, targets, vocabulary, num_items, smoothing)
+        output = CausalLMOutputWithCrossAttentions(
             loss=loss,
-            logits=None if skip_logits else self.lm_head(hidden_states),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            logits=logits,
+            past_key_values=getattr(outputs, "past_key_values", None),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+            cross_attentions=getattr(outputs, "cross_attentions", None),
         )
+        return output if as_dict else output.to_tuple()
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary) of last hidden states (..., d), as the family's own forward pass makes them.
+
+        Its head may have a bias, a soft cap or a scale, and may be wrapped: only its own code knows.
+        """
+        rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
+        with _set(_headed, rows):
+            logits = super().forward(inputs_embeds=rows, use_cache=False).logits  # type: ignore[misc]
+        return logits.view(*hidden_states.shape[:-1], -1)
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any):
@@ -414,32 +522,38 @@ class CrossAttnGPTBigCodeForCausalLM(GPTBigCodeForCausalLM):
 
         It is read and projected once, and not repeated for beams or returned sequences.
         """
-        if kwargs.get("context") is None:
-            names = (
-                "encoder_hidden_states",
-                "encoder_attention_mask",
-                "context_input_ids",
-                "context_attention_mask",
-            )
-            kwargs["context"] = self._read_context(*(kwargs.pop(name, None) for name in names))
-        return super().generate(inputs, *args, **kwargs)
+        context = self._take_context(kwargs)
+        if context is not None:
+            kwargs["context"] = context
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def _read_context(
-        self,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        context_input_ids: torch.Tensor | None,
-        context_attention_mask: torch.Tensor | None,
-    ) -> ProjectedContext | None:
-        if context_input_ids is not None:
-            if encoder_hidden_states is not None:
-                raise ValueError("got encoder_hidden_states and context_input_ids, want one of them")
-            encoder_hidden_states, encoder_attention_mask = self.encode(
-                context_input_ids, context_attention_mask
-            )
-        if encoder_hidden_states is None:
-            return None
-        return self.project_context(encoder_hidden_states, encoder_attention_mask)
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+@torch.no_grad()
+def encode(
+    backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last hidden states (C, S, d) of a backbone, before the LM head, and the boolean mask (C, S).
+
+    Padding may stand on either side: a family need not know, each context is read from position 0. States at padding
+    positions are meaningless.
+    """
+    if attention_mask is None:
+        states = backbone(input_ids, use_cache=False).last_hidden_state
+        return states, torch.ones_like(input_ids, dtype=torch.bool)
+    mask = attention_mask.bool()
+    order = (~mask).long().argsort(dim=-1, stable=True)  # tokens first, in their order
+    packed = mask.gather(1, order).to(attention_mask.dtype)
+    states = backbone(input_ids.gather(1, order), attention_mask=packed, use_cache=False).last_hidden_state
+    index = order.argsort(dim=-1)[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, index), mask
 
 
 def hide_tokens(mask: torch.Tensor, prob: float) -> torch.Tensor:
@@ -451,8 +565,23 @@ def hide_tokens(mask: torch.Tensor, prob: float) -> torch.Tensor:
     return mask & ((draws >= prob) | (draws == draws.amax(-1, keepdim=True)))
 
 
+def _load_weights(path: str | os.PathLike, variant: str | None, **hub: Any) -> dict[str, torch.Tensor]:
+    """All safetensors weights of a folder or a Hub repository, in one file or in shards."""
+    import json
+
+    from safetensors.torch import load_file
+
+    stem = "model" if variant is None else f"model.{variant}"
+    found = cached_file(path, f"{stem}.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
+    if found is not None:
+        return load_file(found)
+    index = cached_file(path, f"model.safetensors.index{'' if variant is None else '.' + variant}.json", **hub)
+    shards = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+    return {n: t for shard in shards for n, t in load_file(cached_file(path, shard, **hub)).items()}
+
+
 @contextmanager
-def _quiet_load_report() -> Iterator[None]:
+def quiet_load_report() -> Iterator[None]:
     """Silence transformers' report on missing weights; its level is left alone, other checks look at it."""
     logger = logging.getLogger("transformers.modeling_utils")
 
@@ -464,3 +593,55 @@ def _quiet_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(drop)
+
+
+# --- classes of a family ---------------------------------------------------------------------------------------
+
+
+def family_classes(
+    config_class: type, backbone_class: type, causal_class: type, *more: type
+) -> tuple[type, type, type]:
+    """The fused configuration, backbone and causal language model of a family; `more` is mixed into the last."""
+    fields = {name: getattr(CrossAttnConfig, name) for name in FIELDS}
+    config = type(
+        f"CrossAttn{config_class.__name__}",
+        (CrossAttnConfig, config_class),
+        {
+            "__annotations__": CrossAttnConfig.__annotations__,
+            "__doc__": CrossAttnConfig.__doc__,
+            "attribute_map": {
+                **config_class.attribute_map,  # type: ignore[attr-defined]
+                "n_cross_attn_layers": "num_cross_attn_layers",  # the published original's name
+            },
+            **fields,
+        },
+    )
+    shared = {"config_class": config}
+    base_backbone: Any = backbone_class
+    backbone = type(
+        f"CrossAttn{backbone_class.__name__}",
+        (CrossAttnModel, backbone_class),
+        {
+            **shared,
+            "forward": declare(CrossAttnModel.forward, base_backbone.forward, CONTEXT_ARGUMENTS),
+            "_no_split_modules": [*(base_backbone._no_split_modules or []), *NO_SPLIT],
+            "_can_record_outputs": {
+                **(base_backbone._can_record_outputs or {}),
+                "cross_attentions": OutputRecorder(CrossAttention, index=1),
+            },
+        },
+    )
+    base_causal: Any = causal_class
+    parameters = inspect.signature(base_causal.forward).parameters
+    causal = type(
+        f"CrossAttn{causal_class.__name__}",
+        (*more, CrossAttnForCausalLM, causal_class),
+        {
+            **shared,
+            "backbone_class": backbone,
+            "forward_parameters": tuple(parameters)[1:],
+            "forward": declare(CrossAttnForCausalLM.forward, base_causal.forward, CONTEXT_ARGUMENTS),
+            "_no_split_modules": [*(base_causal._no_split_modules or []), *NO_SPLIT],
+        },
+    )
+    return config, backbone, causal

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from dssk.config import ExperimentConfig
-from dssk.inference.base import load_base_config
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM, is_cross_attn
-from dssk.store.format import Manifest, encoding_bytes
+from dssk.inference.loading import load_base_config
+from dssk.models.configuration import CrossAttnConfig
+from dssk.models.modeling import CrossAttnForCausalLM, is_cross_attn
+from dssk.inference.rounding import encoding_bytes
+from dssk.store.format import Manifest
 from dssk.training.flags import RunArgs
 from dssk.utils.files import size
 
@@ -44,17 +45,15 @@ class Estimate:
         return weights + (self.gradients + self.optimizer) // moments + self.activations
 
 
-def meta_model(cfg: ExperimentConfig) -> CrossAttnGPTBigCodeForCausalLM:
+def meta_model(cfg: ExperimentConfig) -> CrossAttnForCausalLM:
     """The model of an experiment with shapes and no values: seconds and no memory, whatever its size."""
-    base = load_base_config(cfg.model_path).to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        base.pop(key, None)
+    base = load_base_config(cfg.model_path)
     ours = {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
     with torch.device("meta"):
-        return CrossAttnGPTBigCodeForCausalLM(CrossAttnGPTBigCodeConfig(**base, **ours))
+        return family(base.model_type).causal_lm(fused_config(base, **ours))
 
 
-def estimate(cfg: ExperimentConfig, model: CrossAttnGPTBigCodeForCausalLM) -> Estimate:
+def estimate(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> Estimate:
     """Weights, gradients and moments exactly; activations roughly."""
     trained = sum(p.numel() for n, p in model.named_parameters() if is_cross_attn(n))
     frozen = sum(p.numel() for n, p in model.named_parameters() if not is_cross_attn(n))
@@ -76,7 +75,7 @@ def checkpoint_bytes(cfg: ExperimentConfig) -> int:
     return FP32_BYTES + MOMENTS * (2 if cfg.adam_moments == "bf16" else FP32_BYTES)
 
 
-def _activations(cfg: ExperimentConfig, config: CrossAttnGPTBigCodeConfig) -> int:
+def _activations(cfg: ExperimentConfig, config: CrossAttnConfig) -> int:
     """Values kept for the backward pass of one micro-batch of the longest rows."""
     tokens = cfg.train_batch_size * cfg.context_size
     hidden, width = config.n_embd, config.cross_attn_hidden_size or config.n_embd

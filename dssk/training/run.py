@@ -21,11 +21,11 @@ from dssk.errors import DamagedData, DsskError, Preempted
 from dssk.hub.export import export
 from dssk.hub.publish import check_repository, publish
 from dssk.inference.answering import tokenize_context
-from dssk.inference.base import load_base_config
+from dssk.inference.loading import load_base_config
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
 from dssk.models.copy_init import check_copy_init, copy_init_
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.modeling import CrossAttnForCausalLM
+from dssk.models.shapes import window
 from dssk.store import verify
 from dssk.store.format import Manifest, check_model, load_manifest, load_rows
 from dssk.training import estimate, state
@@ -108,16 +108,14 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     check_model(manifest, cfg.model_path)
     base = load_base_config(cfg.model_path)
     try:
-        model = CrossAttnGPTBigCodeConfig(
-            n_layer=base.n_layer, n_embd=base.n_embd, n_head=base.n_head, **cross_attn_fields(cfg)
-        )
+        model = fused_config(base, **cross_attn_fields(cfg))
         if cfg.cross_attn_init == "copy":
             check_copy_init(model)
     except ValueError as error:
         raise DsskError(f"experiment: {error}") from None
-    if cfg.context_size > base.n_positions:
+    if cfg.context_size > window(base):
         raise DsskError(
-            f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {base.n_positions} tokens"
+            f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {window(base)} tokens"
         )
     return manifest
 
@@ -127,11 +125,11 @@ def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
     return {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
 
 
-def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnGPTBigCodeForCausalLM:
+def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnForCausalLM:
     """The base with new blocks. In mixed precision the frozen base is kept in half, the blocks in fp32."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16 if cfg.bf16 else torch.float32
-    model = CrossAttnGPTBigCodeForCausalLM.from_base(cfg.model_path, dtype=dtype, **cross_attn_fields(cfg))
-    model.transformer.cross_attn.float()
+    model = from_base(cfg.model_path, dtype=dtype, **cross_attn_fields(cfg))
+    model.cross_attn_blocks.float()
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 

@@ -22,7 +22,7 @@ MAX_ROWS_NAMED = 8
 
 
 class CrossAttnTrainer(Trainer):
-    """Trainer for a `CrossAttnGPTBigCodeForCausalLM`.
+    """Trainer for a `CrossAttnForCausalLM`.
 
     `facts` go into each checkpoint's manifest. `score_answers` is called in evaluation, on all ranks, and adds to
     the metrics; the best checkpoint is the one with the highest `eval_f1`, and without that the lowest `eval_loss`.

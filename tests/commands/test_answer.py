@@ -14,7 +14,7 @@ from dssk.commands import answer
 from dssk.errors import DsskError, run
 from dssk.inference.generate import generate_answers
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.store.library import ContextLibrary
 from tests.conftest import REPOSITORY, encode_rows, fused, make_base, question_rows
 

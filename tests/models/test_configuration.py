@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.inference.auto import CrossAttnGPTBigCodeConfig
 
 
 def config(**fields) -> CrossAttnGPTBigCodeConfig:

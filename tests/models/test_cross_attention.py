@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.inference.auto import CrossAttnGPTBigCodeConfig
 from dssk.models.cross_attention import CrossAttention
 
 
@@ -60,7 +60,7 @@ def test_cross_attention_equals_multihead_attention(implementation, fields, mask
     if masked:
         mask[:, 0] = True
     expected, weights = reference(ours, hidden, states, mask)
-    out, got_weights = ours(hidden, *ours.project_context(states), mask)
+    out, got_weights = ours(hidden, *ours(states), mask)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     if implementation == "eager":
         torch.testing.assert_close(got_weights, weights, atol=1e-6, rtol=1e-5)
@@ -71,8 +71,8 @@ def test_rows_that_share_a_context_attend_as_if_each_had_its_own_copy(fields):
     ours = attention("eager", **fields)
     hidden, states = torch.randn(6, 5, 32), torch.randn(2, 7, 32)
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    shared, shared_weights = ours(hidden, *ours.project_context(states), mask)
-    copies = ours.project_context(states.repeat_interleave(3, 0))
+    shared, shared_weights = ours(hidden, *ours(states), mask)
+    copies = ours(states.repeat_interleave(3, 0))
     alone, weights = ours(hidden, *copies, mask.repeat_interleave(3, 0))
     torch.testing.assert_close(shared, alone)
     torch.testing.assert_close(shared_weights, weights)
@@ -81,7 +81,7 @@ def test_rows_that_share_a_context_attend_as_if_each_had_its_own_copy(fields):
 def test_rows_that_cannot_share_the_contexts_evenly_are_refused():
     ours = attention()
     with pytest.raises(ValueError, match="3 decoder rows cannot share 2 contexts"):
-        ours(torch.randn(3, 5, 32), *ours.project_context(torch.randn(2, 7, 32)))
+        ours(torch.randn(3, 5, 32), *ours(torch.randn(2, 7, 32)))
 
 
 @pytest.mark.parametrize("fields", LAYOUTS)
@@ -92,7 +92,7 @@ def test_a_fully_masked_context_gives_the_same_finite_output_in_every_implementa
     outputs = []
     for implementation in ("sdpa", "eager"):
         ours = attention(implementation, **fields)
-        outputs.append(ours(hidden, *ours.project_context(states), mask)[0])
+        outputs.append(ours(hidden, *ours(states), mask)[0])
     assert torch.isfinite(outputs[0]).all()
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(outputs[0][1], ours.c_proj.bias.expand(5, -1))
@@ -107,12 +107,12 @@ def test_padding_and_permuting_context_tokens_change_nothing(seed, length, paddi
         torch.randn(2, 3, 32, generator=generator),
         torch.randn(2, length, 32, generator=generator),
     )
-    plain, _ = ours(hidden, *ours.project_context(states))
+    plain, _ = ours(hidden, *ours(states))
     order = torch.randperm(length + padding, generator=generator)
     padded = torch.cat([states, 100 * torch.randn(2, padding, 32, generator=generator)], 1)[:, order]
     mask = (torch.arange(length + padding) < length).expand(2, -1)[:, order]
     torch.testing.assert_close(
-        ours(hidden, *ours.project_context(padded), mask)[0], plain, atol=1e-5, rtol=1e-5
+        ours(hidden, *ours(padded), mask)[0], plain, atol=1e-5, rtol=1e-5
     )
 
 
@@ -131,8 +131,8 @@ def test_flash_attention_gets_no_mask_and_a_masked_context_goes_through_sdpa(mon
     ours = attention()
     hidden, states = torch.randn(2, 3, 32), torch.randn(2, 7, 32)
     mask = torch.ones(2, 7, dtype=torch.bool)
-    expected = ours(hidden, *ours.project_context(states), mask)[0]
+    expected = ours(hidden, *ours(states), mask)[0]
     ours.config._attn_implementation_internal = "flash_attention_2"
-    torch.testing.assert_close(ours(hidden, *ours.project_context(states))[0], expected)
-    torch.testing.assert_close(ours(hidden, *ours.project_context(states), mask)[0], expected)
+    torch.testing.assert_close(ours(hidden, *ours(states))[0], expected)
+    torch.testing.assert_close(ours(hidden, *ours(states), mask)[0], expected)
     assert seen == [None]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.report.costs import BYTES_PER_VALUE, PUBLISHED, of_model
 from exp_configs import EXP_GROUPS
 
