@@ -4,7 +4,9 @@ Tokenize a prompt and what follows it separately: then a prompt's tokens are exa
 training text, whatever the tokenizer merges.
 """
 
-TEMPLATE_VERSION = 1  # raise when any string below changes: encodings made with another version are refused
+# Raise both when any string below changes: encodings made with another version are refused.
+TEMPLATE_VERSION = 1
+LEADING_TEMPLATE_VERSION = 2  # the same strings, after the special tokens that a tokenizer puts first
 
 YES = "Yes"
 NO = "No"

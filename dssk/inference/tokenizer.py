@@ -1,5 +1,6 @@
 """The tokenizer: loading it, with the one decision about padding and end of text, and the prompts as its tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -7,15 +8,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.errors import DsskError
 
-PAD_TOKEN = "<fim_pad>"  # noqa: S105 - StarCoder's; distinct from EOS, so that EOS stays in the loss
-FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+# Tokens for fill-in-the-middle as StarCoder, SantaCoder and Qwen spell them: prefix, middle, suffix, padding.
+FIM_SPELLINGS = tuple(
+    tuple(spelling.format(name) for name in ("prefix", "middle", "suffix", "pad"))
+    for spelling in ("<fim_{}>", "<fim-{}>", "<|fim_{}|>")
+)
+*FIM_TOKENS, PAD_TOKEN = FIM_SPELLINGS[0]
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a GPTBigCode model from a folder or from the Hub.
+    """Load the tokenizer of a decoder from a folder or from the Hub; it then has a padding token.
 
-    StarCoder defines no padding token and BOS = EOS. Padding with EOS would hide EOS from the loss and the model
-    would never learn to stop, so `<fim_pad>` pads.
+    That is its own, or the one for fill-in-the-middle, or end of text. All of them would do: padding is known by
+    the lengths of the rows and never by its id, so that end of text stays in the loss and the model learns to stop.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -25,14 +30,20 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         raise DsskError(
             f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        if PAD_TOKEN not in tokenizer.get_vocab():
-            raise DsskError(
-                f"the tokenizer at {path} has neither a padding token of its own nor {PAD_TOKEN}: set pad_token in its "
-                "tokenizer_config.json to a token other than end of text"
-            )
-        tokenizer.pad_token = PAD_TOKEN
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        known = tokenizer.get_vocab()
+        spellings = [pad for *_, pad in FIM_SPELLINGS if pad in known]
+        tokenizer.pad_token = spellings[0] if spellings else tokenizer.eos_token
     return tokenizer
+
+
+def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
+    """The ids of the prefix, middle and suffix tokens of fill-in-the-middle, or None for a tokenizer without."""
+    known = tokenizer.get_vocab()
+    for prefix, middle, suffix, _ in FIM_SPELLINGS:
+        if {prefix, middle, suffix} <= known.keys():
+            return known[prefix], known[middle], known[suffix]
+    return None
 
 
 # --- the prompts as tokens -------------------------------------------------------------------------------------
@@ -40,21 +51,48 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text and nothing else."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: BOS for Llama and Gemma, none for StarCoder.
+
+    They stand before every text that is encoded and before all that the decoder reads, as in the base's training.
+    """
+    whole, text = tokenizer("a")["input_ids"], tokenize(tokenizer, "a")
+    starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    return whole[: next(starts, 0)]
+
+
+def template_version(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The version of the prompts as they are tokenized; encodings made with another one are refused."""
+    return prompts.LEADING_TEMPLATE_VERSION if leading_ids(tokenizer) else prompts.TEMPLATE_VERSION
 
 
 def tokenize_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a context, as they are encoded; all of them."""
-    return tokenize(tokenizer, prompts.context(text))
+    return tokenize_contexts(tokenizer, [text])[0]
+
+
+def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The same for many contexts, which takes far less time than one by one."""
+    leading = leading_ids(tokenizer)
+    encoded = tokenizer(
+        [prompts.context(text) for text in texts],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [leading + ids for ids in encoded["input_ids"]]
 
 
 def tokenize_question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """What the decoder reads before it answers."""
-    return tokenize(tokenizer, prompts.question(text))
+    return leading_ids(tokenizer) + tokenize(tokenizer, prompts.question(text))
 
 
 def tokenize_question_after_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What follows `tokenize_context` where a prompt holds its context."""
+    """What follows `tokenize_context` where a prompt holds its context; no special token comes between them."""
     return tokenize(tokenizer, prompts.question_after_context(text))
 
 
