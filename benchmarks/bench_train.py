@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Results, random_base
 from dssk.checkpoint import latest_checkpoint
 from dssk.commands import preproc
+from dssk.commands.train import parse_args
 from dssk.config import experiment_id
-from dssk.training.flags import DEFAULT_LOG_EVERY, parse_args
+from dssk.training.flags import DEFAULT_LOG_EVERY
 from dssk.training.run import train
 from exp_configs import BASE_CONFIG
 from tests.conftest import byte_tokenizer

@@ -22,8 +22,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dssk import checkpoint, errors
+from dssk.commands.train import parse_args
 from dssk.config import experiment_id
-from dssk.training.flags import parse_args
 from dssk.training.run import train
 from dssk.training.trainer import CrossAttnTrainer
 from tests.conftest import encode_rows, experiment, make_base, question_rows

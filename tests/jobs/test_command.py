@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dssk.commands.train import parse_args
 from dssk.errors import DsskError
 from dssk.jobs.command import NOT_SENT, SCRIPT, job_command, job_flags, launcher, with_logs_and_signals
 from dssk.jobs.slurm import batch_script
-from dssk.training.flags import RunArgs, parse_args
+from dssk.training.flags import RunArgs
 from dssk.training.run import stored_experiment
 
 EXP_ID = "0123456789abcdef" * 2

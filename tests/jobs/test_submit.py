@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dssk.commands.train import parse_args
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, DsskError
 from dssk.jobs import submit as submit_module
 from dssk.jobs.submit import chosen_experiments, submit, with_absolute_paths
-from dssk.training.flags import parse_args
 from tests.conftest import REPOSITORY, experiment
 from tests.jobs.conftest import ACCOUNT, TOOLKIT_JOB, executable, kill_session
 

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dssk import errors
+from dssk.commands.train import parse_args
 from dssk.config import experiment_id
-from dssk.training.flags import parse_args
 from dssk.training.run import train
 from tests.conftest import REPOSITORY, experiment
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import GPTBigCodeConfig
 
 from dssk.checkpoint import latest_checkpoint
+from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DsskError
 from dssk.training.deepspeed_config import check_deepspeed_config
 from dssk.training.estimate import estimate, meta_model
-from dssk.training.flags import build_parser, parse_args
 from dssk.training.run import build_model
 from dssk.training.wandb_report import WandbReport, answers, check_wandb, wandb_mode
 from exp_configs import BASE_CONFIG, EXP_GROUPS
@@ -249,14 +249,6 @@ def test_the_bytes_of_a_checkpoint_are_estimated_within_ten_percent(run, base_pa
     assert sum(f.stat().st_size for f in tensors) == pytest.approx(
         estimate(cfg, meta_model(cfg)).checkpoint, rel=0.1
     )
-
-
-def test_list_names_every_group(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args(["--list"], EXP_GROUPS)
-    assert caught.value.code == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXP_GROUPS)
-    assert build_parser()
 
 
 def test_the_report_is_made_on_one_rank_only(tmp_path, wandb_args):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dssk.training.flags import build_parser, parse_args
+from dssk.commands.train import build_parser, parse_args
 from tests.conftest import REPOSITORY
 
 REQUIRED = ["-e", "crossattn_tiny", "-sb", "out", "--data_path", "data"]
@@ -24,6 +24,8 @@ def test_the_flags_are_these_and_no_others():
             "--report_to",
             "--dry_run",
             "--list",
+            "--exp_configs",
+            "--job_configs",
         ),
         *("--job_action", "--python_binary", "--deepspeed", "--dist_url", "--local_rank"),
     }

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
 from dssk.checkpoint import verify_checkpoint
 from dssk.commands import export as command
+from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import load_model
 from dssk.models.modeling import is_cross_attn
 from dssk.store.format import load_rows
-from dssk.training.flags import parse_args
 from dssk.training.run import train
 from tests.conftest import experiment, make_base
 from tests.hub import model_hub
