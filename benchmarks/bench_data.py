@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 
 from dssk.commands import preproc
 from dssk.data import encode as encoding
-from dssk.data.collate import Collator, length_mask, pad_tokens
+from dssk.data.collate import Collator
 from dssk.data.preprocess import prepare
-from dssk.inference.base import encode
+from dssk.inference.batching import length_mask, pad_tokens
+from dssk.inference.encoding import encode
 from dssk.research.make_base import make_tokenizer
 from dssk.store import format as store
 from dssk.utils.console import quiet_libraries

@@ -1,39 +1,10 @@
 """Examples of unequal length -> one padded batch, with boolean masks as the only mark of padding."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from dssk.data.dataset import IGNORED
-
-
-def pad_tokens(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
-    """Token ids of B rows as one (B, longest) tensor, padded with `value` on the right, or on the left."""
-    longest = max(map(len, sequences))
-    padded = torch.full((len(sequences), longest), value)
-    for row, tokens in zip(padded, sequences, strict=True):
-        if len(tokens):
-            where = slice(longest - len(tokens), None) if left else slice(len(tokens))
-            row[where] = torch.as_tensor(tokens)
-    return padded
-
-
-def length_mask(lengths: Sequence[int], left: bool = False) -> torch.Tensor:
-    """(B, longest), True where a row of that length has a token."""
-    longest = max(lengths)
-    positions = torch.arange(longest)[None]
-    counts = torch.as_tensor(lengths)[:, None]
-    return positions >= longest - counts if left else positions < counts
-
-
-def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodings (S_i, d) of C contexts as one (C, S, d) tensor in their own dtype, and the mask (C, S)."""
-    lengths = [len(s) for s in states]
-    padded = states[0].new_zeros(len(states), max(lengths), states[0].shape[-1])
-    for row, context in zip(padded, states, strict=True):
-        row[: len(context)] = context
-    return padded, length_mask(lengths)
+from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 
 
 class Collator:

@@ -10,9 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.config import ExperimentConfig
 from dssk.data.augment import FIM_PROB, REPETITION_TASKS, fill_in_the_middle
-from dssk.inference.tokenizer import FIM_TOKENS
-
-IGNORED = -100  # label of a position that is not learned, as in all of transformers
+from dssk.errors import DsskError
+from dssk.inference.batching import IGNORED
+from dssk.inference.tokenizer import (
+    fim_ids,
+    leading_ids,
+    tokenize,
+    tokenize_answer,
+    tokenize_context,
+    tokenize_question,
+)
 
 
 class CrossAttnDataset(torch.utils.data.Dataset):
@@ -36,9 +43,13 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         self.training = training
         self.epoch = 0
         self.with_contexts = training and cfg.include_context_ids
-        self.fim_markers = (
-            tuple(tokenizer.convert_tokens_to_ids(list(FIM_TOKENS))) if self.with_contexts else None
-        )
+        self.fim_markers = fim_ids(tokenizer) if self.with_contexts else None
+        if self.with_contexts and self.fim_markers is None:
+            raise DsskError(
+                "include_context_ids is true, but the tokenizer has no tokens for fill-in-the-middle (such as "
+                "<fim_prefix>): set include_context_ids to false"
+            )
+        self.num_leading = len(leading_ids(tokenizer))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations; the training loop calls this."""
@@ -58,14 +69,14 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         size = self.cfg.context_size
         example = {"input_ids": input_ids[:size], "labels": labels[:size]}
         if self.cfg.encode_online:
-            example["context_input_ids"] = self._tokens(prompts.context(row["context"]))[:size]
+            example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:size]
         else:
             example["encoder_hidden_states"] = row["encoder_hidden_states"][:size]
         return example
 
     def _question(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        prompt = self._tokens(prompts.question(row["question"]))
-        answer = [*self._tokens(prompts.answer(row["answer"])), self.tokenizer.eos_token_id]
+        prompt = tokenize_question(self.tokenizer, row["question"])
+        answer = tokenize_answer(self.tokenizer, row["answer"])
         if self.training and self.cfg.do_repetition_augmentations:
             answer += self._repetition(row, str(rng.choice(REPETITION_TASKS)))
         input_ids = prompt + answer
@@ -78,16 +89,13 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             "both": f"{row['question']} {row['answer']}",
             "context": row["context"],
         }[task]
-        tokens = self._tokens(prompts.repeat_task(task)) + self._tokens(prompts.answer(text))
-        return [*tokens, self.tokenizer.eos_token_id]
+        return tokenize(self.tokenizer, prompts.repeat_task(task)) + tokenize_answer(self.tokenizer, text)
 
     def _context(self, row: dict[str, Any], rng: np.random.Generator) -> list[int]:
-        tokens = self._tokens(prompts.context(row["context"]))
-        if rng.random() < FIM_PROB:
+        tokens = tokenize_context(self.tokenizer, row["context"])
+        if self.fim_markers is not None and rng.random() < FIM_PROB:
             # Cut first: what the size limit would cut off later must not be a marker.
-            tokens = tokens[: self.cfg.context_size - len(FIM_TOKENS) - 1]
-            tokens = fill_in_the_middle(tokens, rng, self.fim_markers)  # type: ignore[arg-type]
+            tokens = tokens[: self.cfg.context_size - len(self.fim_markers) - 1]
+            leading, text = tokens[: self.num_leading], tokens[self.num_leading :]
+            tokens = leading + fill_in_the_middle(text, rng, self.fim_markers)
         return [*tokens, self.tokenizer.eos_token_id]
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -9,32 +9,30 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
-from transformers import GPTBigCodeForCausalLM
+from transformers import PreTrainedModel
 
 from dssk.data import plan as planning
-from dssk.data.collate import length_mask, pad_tokens
 from dssk.data.plan import Plan, PlannedShard
-from dssk.errors import Diverged, DsskError, EnvironmentFault
-from dssk.inference.base import encode, load_base
+from dssk.errors import DsskError, EnvironmentFault
+from dssk.inference.batching import length_batches
+from dssk.inference.encoding import Batch, Encoder, one_thread
+from dssk.inference.loading import device, load_base
+from dssk.inference.rounding import encoding_bytes
 from dssk.store import format as store
 from dssk.utils import files
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
-
-_PAD_ID = 0  # padding is masked, so any token does
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a bare RuntimeError in torch 2.13
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Job:
 
     def shard_bytes(self, shard: PlannedShard) -> int:
         """About the size of a shard's Arrow file, texts left out."""
-        return store.encoding_bytes(self.storage_dtype, self.plan.settings.hidden_size) * shard.tokens
+        return encoding_bytes(self.storage_dtype, self.plan.settings.hidden_size) * shard.tokens
 
     def shard_names(self) -> list[str]:
         """The Arrow files of `contexts/`, in order; none for a store of texts only."""
@@ -123,25 +121,10 @@ def encode_shards(job: Job, team: Ranks, num_proc: int) -> None:
             _encode_in_processes(job, shards, min(num_proc, len(shards)), bar.update)
 
 
-def load_model(job: Job, device_index: int) -> GPTBigCodeForCausalLM:
+def load_model(job: Job, device_index: int) -> PreTrainedModel:
     """The base on GPU number `device_index`, or on the CPU of a machine without any."""
-    num_gpus = torch.cuda.device_count()
-    if 0 < num_gpus <= device_index:
-        raise DsskError(f"process {device_index} of this node has no GPU: start at most {num_gpus}")
-    device = f"cuda:{device_index}" if num_gpus else "cpu"
-    return load_base(job.model_path, job.revision, dtype=job.model_dtype, device=device)
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Compute on one CPU thread inside the block; a GPU does not mind."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    where = device(device_index)
+    return load_base(job.model_path, job.revision, dtype=job.model_dtype, device=where)
 
 
 def _encode_in_processes(
@@ -234,15 +217,13 @@ def _work(job: Job, rank: int, connection: Connection) -> None:
 # --- one shard -------------------------------------------------------------------------------------------------
 
 
-def encode_shard(
-    job: Job, index: int, model: GPTBigCodeForCausalLM, progress: Callable[[int], object]
-) -> None:
+def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callable[[int], object]) -> None:
     """Encode and publish one shard, writing each batch while the next one is computed."""
     shard = job.plan.shards[index]
     arrow = job.path(index, ".arrow")
     files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
     schema = store.context_features(job.storage_dtype).arrow_schema
-    encoder = Encoder(model, job.storage_dtype)
+    encoder = Encoder(model, storage_dtype=job.storage_dtype)
     with (
         files.publish(arrow) as file,
         ThreadPoolExecutor(1) as pool,
@@ -250,7 +231,7 @@ def encode_shard(
     ):
         written: Future | None = None
         for batch in batches(job, index):
-            record = encoder.record(batch, schema)
+            record = store.encoded_record(batch.texts, batch.input_ids, *encoder.quantized(batch), schema)
             if written:
                 written.result()
             written = pool.submit(writer.write_batch, record)
@@ -271,92 +252,10 @@ def encode_shard(
     files.publish_text(job.path(index, ".json"), info.model_dump_json(indent=1) + "\n")
 
 
-class Batch(NamedTuple):
-    """Contexts that go through the model together."""
-
-    first_row: int
-    contexts: list[str]
-    input_ids: list[list[int]]
-
-
 def batches(job: Job, index: int) -> Iterator[Batch]:
     """The contexts of a shard, longest first, cut into batches."""
     rows = planning.shard_tokens(job.folder, index)
     contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
-    for cut in batch_slices([len(ids) for ids in input_ids], job.batch_size, job.batch_tokens):
-        yield Batch(job.plan.shards[index].first_row + cut.start, contexts[cut], input_ids[cut])
-
-
-def batch_slices(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> Iterator[slice]:
-    """Cut rows of these lengths, longest first, into batches of at most so many rows and tokens with padding."""
-    start = 0
-    while start < len(lengths):
-        # the first is the longest, so it decides the padded size
-        end = min(len(lengths), start + max(1, min(batch_size, batch_tokens // lengths[start])))
-        yield slice(start, end)
-        start = end
-
-
-class Encoder:
-    """Turns batches into record batches of a store."""
-
-    def __init__(self, model: GPTBigCodeForCausalLM, storage_dtype: store.StorageDtype):
-        self._storage_dtype: store.StorageDtype = storage_dtype
-        self._model = model
-        self.out_of_memory_splits = 0
-
-    def record(self, batch: Batch, schema: pa.Schema) -> pa.RecordBatch:
-        """The rows of `batch` with their encodings, in the columns of `schema`."""
-        lengths = np.array([len(ids) for ids in batch.input_ids])
-        states, scale = store.quantize(self._states(batch), self._storage_dtype)
-        check = states if scale is None else scale
-        if not check.isfinite().all():
-            first_bad = int((~check.view(len(check), -1).isfinite().all(dim=1)).nonzero()[0])
-            row = int(np.searchsorted(np.cumsum(lengths), first_bad, side="right"))
-            raise Diverged(
-                f"context {batch.first_row + row} ({batch.contexts[row][:40]!r}) encodes to NaN or infinity as "
-                f"{self._storage_dtype}: try --dtype fp32, --storage_dtype fp32, or mend the model"
-            )
-        columns = [
-            pa.array(batch.contexts, pa.string()),
-            pa.array(lengths, pa.int32()),
-            _binary(states, lengths),
-        ]
-        if scale is not None:
-            columns.append(_binary(scale, lengths))
-        return pa.record_batch(columns, schema=schema)
-
-    def _states(self, batch: Batch) -> torch.Tensor:
-        """The states of all tokens of the batch, one context after the other: (tokens, hidden_size)."""
-        try:
-            return self._forward(batch.input_ids)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
-                raise
-            if len(batch.input_ids) == 1:
-                raise EnvironmentFault(
-                    f"out of memory on context {batch.first_row} alone, {len(batch.input_ids[0])} tokens: lower "
-                    "--maximum_input_length, pass --dtype bf16, or take a device with more memory"
-                ) from error
-        self.out_of_memory_splits += 1
-        torch.cuda.empty_cache()
-        half = len(batch.input_ids) // 2
-        first = Batch(batch.first_row, batch.contexts[:half], batch.input_ids[:half])
-        second = Batch(batch.first_row + half, batch.contexts[half:], batch.input_ids[half:])
-        return torch.cat([self._states(first), self._states(second)])
-
-    def _forward(self, input_ids: list[list[int]]) -> torch.Tensor:
-        device = self._model.device
-        mask = length_mask([len(ids) for ids in input_ids]).to(device)  # (B, S)
-        padded = pad_tokens(input_ids, _PAD_ID).to(device)  # (B, S)
-        return encode(self._model, padded, mask)[mask]
-
-
-def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:
-    """Rows of `values` (tokens, ...), `lengths` of them to each entry, as a large_binary array without a copy."""
-    data = values.contiguous().cpu().flatten().view(torch.uint8).numpy()
-    row_bytes = len(data) // len(values)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]) * row_bytes
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
-    )
+    for batch in length_batches([len(ids) for ids in input_ids], job.batch_size, job.batch_tokens):
+        cut = slice(batch[0], batch[-1] + 1)  # they lie in this order
+        yield Batch(contexts[cut], input_ids[cut], job.plan.shards[index].first_row + cut.start)

@@ -1,20 +1,61 @@
-"""The one way to load a model: from a base, a checkpoint, a fused folder, or the folder of a run."""
+"""The one way to load a model: a base, a checkpoint, a fused model, the folder of a run, or a name on the Hub.
 
-import json
+What was saved with checksums is verified, the base below a checkpoint is recognised, no weight may be missing or
+left over, and no code comes with a model. Whatever a damaged folder makes transformers raise is one line.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dssk.checkpoint import FINAL, MANIFEST, checkpoint_step, latest_checkpoint, verify_checkpoint
-from dssk.errors import DamagedData, DsskError
+from dssk.errors import DamagedData, DsskError, EnvironmentFault
+from dssk.inference.auto import checked_model_type, family, register
+from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.configuration import CrossAttnConfig
+from dssk.models.modeling import quiet_load_report
+from dssk.utils.hub_names import is_on_hub
+
+CONFIG = "config.json"
+# Implementations that come with transformers or a package; any other name is fetched from the Hub as code.
+_ATTENTION = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_WANT = "want a checkpoint, a fused model, or the folder of a run"
+
+register()
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
 
 
 def find_model(path: str | Path) -> Path:
     """The folder to load for a checkpoint, a fused model, or a run's folder (its final model, else its newest)."""
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return folder
-    if (folder / FINAL / "config.json").is_file():
+    if (folder / FINAL / CONFIG).is_file():
         return folder / FINAL
     if newest := latest_checkpoint(folder):
         return newest
@@ -23,39 +64,201 @@ def find_model(path: str | Path) -> Path:
         return find_model(runs[0])
     if runs:
         raise DsskError(f"{folder} holds {len(runs)} runs, want one of them, such as {runs[0]}")
-    raise DsskError(f"no model at {folder}: want a checkpoint, a fused model, or the folder of a run")
+    raise DsskError(f"no model at {folder}: {_WANT}")
 
 
 def find_encoder(path: str | Path) -> tuple[str, str | None]:
     """The model that encodes contexts for `path`, and its revision: the base of a checkpoint, else itself.
 
-    `path` is what `find_model` takes, a base model, or a name on the Hub. A fused model has its base in it.
+    `path` is what `load` takes. A fused model has its base in it.
     """
-    if not Path(path).exists():
+    if is_on_hub(str(path)):
         return str(path), None
     folder = find_model(path)
-    config = json.loads((folder / "config.json").read_bytes())
-    if config.get("cross_attn_only"):
-        return config["base_model_name_or_path"], config["base_model_revision"]
+    config = load_config(folder)
+    if isinstance(config, CrossAttnConfig) and config.cross_attn_only:
+        return config.base_model_name_or_path, config.base_model_revision
     return str(folder.resolve()), None
 
 
-def load_model(path: str | Path, **kwargs):
-    """Load (model in eval mode, tokenizer) from anything `find_model` finds; `kwargs` go to `from_pretrained`."""
-    folder = find_model(path)
-    if checkpoint_step(folder) >= 0 or (folder / MANIFEST).exists():
-        verify_checkpoint(folder)
+# --- configurations ----------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a base or a fused model. One that would fetch code, or cannot read a context, is refused."""
+    if is_on_hub(str(path)):
+        _say_hub(str(path), revision)
+    with loading(path):
+        values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        _check_implementations(path, values)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not isinstance(config, CrossAttnConfig):
+        try:
+            family(checked_model_type(config, path))
+        except ValueError as error:
+            raise DsskError(str(error)) from None
+    return config
+
+
+def load_base_config(path: str | Path, revision: str | None = None, fused: bool = False) -> PreTrainedConfig:
+    """The configuration of a base model. With `fused` a fused model will do, too: its base is in it."""
+    config = load_config(path, revision)
+    if isinstance(config, CrossAttnConfig) and (not fused or config.cross_attn_only):
+        raise DsskError(f"{path} is a fused model, want a base model")
+    return config
+
+
+def _check_implementations(path: str | Path, values: Any) -> None:
+    """Refuse a configuration that names an implementation of its own, at any depth."""
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_implementations(path, value)
+        elif str(key).strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and value is not None:
+            known = value in _ATTENTION if "attn" in key else "/" not in str(value)
+            if not known:
+                raise DsskError(
+                    f"{path}: its {CONFIG} names {key} {str(value)[:60]!r}, which is code from elsewhere: want one of "
+                    f"{', '.join(sorted(_ATTENTION))}, or remove that line"
+                )
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    path: str | Path, base_model: str | Path | None = None, **how: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A fused model, frozen but for its blocks and in eval mode, and its tokenizer.
+
+    `path` is what `find_model` takes, or a name on the Hub; `base_model` is where the base of a checkpoint is, if
+    not where it was. `how` may have `dtype` (that of the weights), `device` (CPU) and `revision`.
+    """
+    on_hub = is_on_hub(str(path), "fused model")
+    source: str | Path = str(path) if on_hub else find_model(path)
+    config = load_config(source, how.get("revision"))
+    if not isinstance(config, CrossAttnConfig):
+        raise DsskError(f"{source} is a base model without cross-attention blocks: {_WANT}")
+    if isinstance(source, Path) and (checkpoint_step(source) >= 0 or (source / MANIFEST).exists()):
+        manifest = verify_checkpoint(source)
+    else:
+        manifest = {}
+    if config.cross_attn_only:
+        _check_base(source, config, base_model, manifest.get("base_fingerprint"))
+    model = _load(source, config, base_model=base_model, **how)
+    return model, load_tokenizer(source, how.get("revision"))
+
+
+def load_base(path: str | Path, revision: str | None = None, **how: Any) -> PreTrainedModel:
+    """A base model, frozen and in eval mode. `how` may have `dtype` (that of the weights) and `device` (CPU)."""
+    model = _load(path, load_base_config(path, revision), revision=revision, **how)
+    return model.requires_grad_(False)
+
+
+def load(path: str | Path, revision: str | None = None, **how: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A base or a fused model, whichever `path` is, and its tokenizer."""
+    is_fused = not is_on_hub(str(path)) and not (Path(path) / CONFIG).is_file()
+    if is_fused or isinstance(load_config(path, revision), CrossAttnConfig):
+        return load_model(path, revision=revision, **how)
+    return load_base(path, revision, **how), load_tokenizer(path, revision)
+
+
+def _check_base(source: str | Path, config: Any, base_model: str | Path | None, expected: str | None) -> None:
+    """Refuse a base that is not there, or is not the one that the blocks were trained on."""
+    base = base_model or config.base_model_name_or_path
+    revision = None if base_model else config.base_model_revision
     try:
-        model = CrossAttnGPTBigCodeForCausalLM.from_pretrained(folder, **kwargs)
-    except (ValueError, KeyError) as error:
-        raise DsskError(f"{folder}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+        base_config = load_base_config(base, revision)
+    except DsskError as error:
+        raise type(error)(f"the base of {source}: {error} (--base_model says where it is now)") from error
+    if expected and model_fingerprint(base, base_config, revision) != expected:
         raise DsskError(
-            f"cannot load {folder} or the base it names: {str(error).splitlines()[0]} (python -m dssk.export fuses it "
-            "with a base that has moved)"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise DamagedData(f"{folder}: the weights are damaged ({error})") from error
+            f"{base} is not the base that {source} was trained on, its weights are others: bring that base back, or "
+            "name a folder that holds it with --base_model"
+        )
+
+
+def _load(
+    source: str | Path,
+    config: PreTrainedConfig,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    **more: Any,
+) -> Any:
+    more = {key: value for key, value in more.items() if value is not None}
+    with loading(source), quiet_load_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **more,
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    if strange := (set(info["missing_keys"]) - tied) | set(info["unexpected_keys"]):
+        raise DamagedData(
+            f"the weights of {source} do not fit its {CONFIG}: {len(strange)} are missing or left over, such as "
+            f"{sorted(strange)[0]}: fetch or convert the model again"
+        )
+    return model.to(device).eval()
+
+
+def device(index: int = 0) -> torch.device:
+    """GPU number `index` of this machine, or the CPU of one without any."""
+    count = torch.cuda.device_count()
+    if 0 < count <= index:
+        raise DsskError(f"process {index} of this node has no GPU: start at most {count}")
+    return torch.device("cuda", index) if count else torch.device("cpu")
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def loading(path: str | Path) -> Iterator[None]:
+    """Make one line of whatever transformers raises while it reads a model."""
+    try:
+        yield
+    except (DsskError, KeyboardInterrupt):
         raise
-    return model.eval(), load_tokenizer(folder)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EnvironmentFault(f"out of memory loading {path}: take a machine with more of it") from error
+    except Exception as error:
+        reason = f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        if _out_of_reach(error):
+            raise EnvironmentFault(f"cannot fetch {path}, the Hub is out of reach: {reason[:300]}") from error
+        if isinstance(error, ImportError):
+            raise DsskError(f"{path} needs a package that is not installed: {reason[:300]}") from error
+        if not Path(path).exists():
+            raise DsskError(f"no model at {path}: {reason[:300]}") from error
+        # A configuration or a file that was altered makes it raise anything: a type nobody lists, a division by zero.
+        raise DamagedData(
+            f"{path} cannot be loaded: {reason[:300]}: fetch or convert the model again"
+        ) from error
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether the network is why: transformers' own error has the transport's as its cause."""
+    while error is not None:
+        module = type(error).__module__.partition(".")[0]
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
+            return True
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+            return False  # the Hub said so
+        if module in ("httpx", "httpcore", "requests"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def _say_hub(name: str, revision: str | None) -> None:
+    """Say once that a model is fetched: nothing comes over the network in silence."""
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, CONFIG, revision=revision), str):
+        return
+    print(f"dssk: no folder {name} here: fetching it from the Hub", file=sys.stderr)

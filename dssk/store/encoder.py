@@ -1,4 +1,4 @@
-"""Encoding texts with a base model, alone or within a fused model, wherever it was saved."""
+"""Encoding the texts of a library with the model that it is of."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -8,17 +8,14 @@ import torch
 from tqdm import tqdm
 
 from dssk import prompts
-from dssk.data.encode import Batch, Encoder, batch_slices, one_thread
 from dssk.errors import DsskError
-from dssk.inference.answering import tokenize_context
-from dssk.inference.base import load_base, load_base_config
+from dssk.inference.batching import length_batches
+from dssk.inference.encoding import BATCH_SIZE, BATCH_TOKENS, Batch, Encoder, one_thread
 from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
-from dssk.inference.loading import load_model
-from dssk.inference.tokenizer import load_tokenizer
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
+from dssk.inference.loading import device, load, load_base_config
+from dssk.inference.tokenizer import load_tokenizer, tokenize_context
+from dssk.models.shapes import window
 from dssk.store import format as store
-
-BATCH_SIZE, BATCH_TOKENS = 32, 16384
 
 
 def describe_encoding(
@@ -29,17 +26,17 @@ def describe_encoding(
     `maximum_input_length` is the number of its positions if not given.
     """
     config = load_base_config(model, revision, fused=True)
-    longest = maximum_input_length or config.n_positions
-    if longest > config.n_positions:
+    longest = maximum_input_length or window(config)
+    if longest > window(config):
         raise DsskError(
-            f"maximum_input_length is {longest}, more than the {config.n_positions} positions of {model}: lower it"
+            f"maximum_input_length is {longest}, more than the {window(config)} positions of {model}: lower it"
         )
     return dict(
         model_id=model,
         model_revision=getattr(config, "_commit_hash", None),
         model_fingerprint=model_fingerprint(model, config, revision),
         tokenizer_hash=tokenizer_hash(load_tokenizer(model, revision)),
-        hidden_size=config.n_embd,
+        hidden_size=config.hidden_size,
         model_dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         storage_dtype=storage_dtype,
         template_version=prompts.TEMPLATE_VERSION,
@@ -53,30 +50,24 @@ class TextEncoder:
     def __init__(self, encoding: store.Encoding, path: str, revision: str | None):
         store.check_model(encoding, path, revision)
         dtype = getattr(torch, encoding.model_dtype)
-        if isinstance(load_base_config(path, revision, fused=True), CrossAttnGPTBigCodeConfig):
-            model = load_model(path, dtype=dtype)[0]
-        else:
-            model = load_base(path, revision, dtype=dtype)
-        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer = load_tokenizer(path, revision)
+        model, self._tokenizer = load(path, revision, dtype=dtype, device=device())
         self._longest = encoding.maximum_input_length
         self._storage_dtype = cast(store.StorageDtype, encoding.storage_dtype)
-        self._encoder = Encoder(self._model, self._storage_dtype)
+        self._encoder = Encoder(model, self._tokenizer, self._storage_dtype, self._longest)
 
     def encode(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, pa.Array]]]:
         """Batches of about equal length, longest first: row numbers, and the columns of a segment that we make."""
         schema = store.context_features(self._storage_dtype).arrow_schema
         tokens = [tokenize_context(self._tokenizer, text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda row: -len(tokens[row]))
-        lengths = [min(self._longest, len(tokens[row])) for row in order]
+        cut = [ids[: self._longest] for ids in tokens]
+        lengths = [len(ids) for ids in cut]
         with (
             tqdm(total=sum(lengths), desc="encoding", unit=" tokens", unit_scale=True, disable=None) as bar,
-            one_thread(self._model.device),
+            one_thread(self._encoder.model.device),
         ):
-            for cut in batch_slices(lengths, BATCH_SIZE, BATCH_TOKENS):
-                rows = order[cut]
-                batch = Batch(0, [texts[row] for row in rows], [tokens[row][: self._longest] for row in rows])
-                record = self._encoder.record(batch, schema)
+            for rows in length_batches(lengths, BATCH_SIZE, BATCH_TOKENS):
+                batch = Batch([texts[row] for row in rows], [cut[row] for row in rows])
+                record = store.encoded_record(*batch[:2], *self._encoder.quantized(batch), schema)
                 truncated = pa.array([len(tokens[row]) > self._longest for row in rows], pa.bool_())
                 yield rows, {"truncated": truncated, **dict(zip(schema.names, record.columns, strict=True))}
-                bar.update(sum(lengths[cut]))
+                bar.update(sum(lengths[row] for row in rows))

@@ -11,9 +11,8 @@ one JSON manifest each. A store of texts only has no `contexts/`.
 import bisect
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import numpy as np
@@ -25,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dssk import prompts
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.base import load_base_config
 from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
+from dssk.inference.loading import load_base_config
+from dssk.inference.rounding import SCALE_DTYPE, TORCH_DTYPES, StorageDtype, dequantize
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.utils import files
 
@@ -36,10 +36,6 @@ SPLITS = ("train", "val")
 FORMAT_VERSION = 1
 HISTOGRAM_BIN_TOKENS = 16
 _DATASET_FILES = ("dataset_info.json", "state.json")
-
-StorageDtype = Literal["fp32", "bf16", "fp16", "int8"]
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-SCALE_DTYPE = torch.bfloat16  # the range of float32 in two bytes; values are divided by the rounded scale
 
 QUESTION_FEATURES = Features(
     {
@@ -158,21 +154,6 @@ def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     return files.lock(folder.with_name(f".{folder.name}.lock"))
 
 
-def encoding_bytes(storage_dtype: StorageDtype, hidden_size: int) -> int:
-    """Bytes that one encoded token takes."""
-    scale_bytes = SCALE_DTYPE.itemsize if storage_dtype == "int8" else 0
-    return hidden_size * TORCH_DTYPES[storage_dtype].itemsize + scale_bytes
-
-
-def quantize(states: torch.Tensor, storage_dtype: StorageDtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`states` (tokens, hidden_size) in the type they are stored in, and for int8 the scale of each token (tokens,)."""
-    if storage_dtype != "int8":
-        return states.to(TORCH_DTYPES[storage_dtype]), None
-    scale = (states.float().abs().amax(dim=1) / 127).to(SCALE_DTYPE)
-    divisor = scale.float().clamp(min=torch.finfo(SCALE_DTYPE).tiny)  # a token of zeros stays one
-    return (states.float() / divisor[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
 def shard_name(index: int, num_shards: int) -> str:
     return f"data-{index:05d}-of-{num_shards:05d}"
 
@@ -186,6 +167,31 @@ def load_shard_info(path: Path) -> ShardInfo | None:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
+
+
+def encoded_record(
+    texts: Sequence[str],
+    input_ids: Sequence[Sequence[int]],
+    states: torch.Tensor,
+    scale: torch.Tensor | None,
+    schema: pa.Schema,
+) -> pa.RecordBatch:
+    """Contexts with their states (tokens, hidden_size) as `quantize` made them, as rows of `context_features`."""
+    lengths = np.array([len(ids) for ids in input_ids])
+    columns = [pa.array(texts, pa.string()), pa.array(lengths, pa.int32()), _binary(states, lengths)]
+    if scale is not None:
+        columns.append(_binary(scale, lengths))
+    return pa.record_batch(columns, schema=schema)
+
+
+def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:
+    """Rows of `values` (tokens, ...), `lengths` of them to each entry, as a large_binary array without a copy."""
+    data = values.contiguous().cpu().flatten().view(torch.uint8).numpy()
+    row_bytes = len(data) // len(values)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]) * row_bytes
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+    )
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> FileInfo:
@@ -295,8 +301,8 @@ def check_model(manifest: Encoding, model_path: str | Path, revision: str | None
             f"{prompts.TEMPLATE_VERSION}: encode them again into another folder"
         )
     config = load_base_config(model_path, revision, fused=True)
-    if config.n_embd != manifest.hidden_size:
-        difference = f"hidden size {manifest.hidden_size}, not {config.n_embd}"
+    if config.hidden_size != manifest.hidden_size:
+        difference = f"hidden size {manifest.hidden_size}, not {config.hidden_size}"
     elif tokenizer_hash(load_tokenizer(model_path, revision)) != manifest.tokenizer_hash:
         difference = "another tokenizer"
     elif model_fingerprint(model_path, config, revision) != manifest.model_fingerprint:
@@ -402,7 +408,7 @@ class Shard:
         if self._scale_starts is None:
             return states
         scale = self._view(SCALE_DTYPE, num_tokens, self._scale_starts[row])
-        return states.to(SCALE_DTYPE) * scale[:, None]
+        return dequantize(states, scale)
 
     def _view(self, dtype: torch.dtype, count: int, start: int) -> torch.Tensor:
         # not a slice of the map: a loader's worker would send all of that

@@ -5,14 +5,15 @@ from statistics import mean
 from typing import Any
 
 import datasets
+import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from dssk.errors import DsskError
 from dssk.evaluation.metrics import exact_match, f1
 from dssk.evaluation.questions import other_rows, sample
-from dssk.inference.answering import encode_texts
-from dssk.inference.generate import Contexts, generate_answers
+from dssk.inference.answering import answer
+from dssk.inference.encoding import Encoder
 
 
 class AnswerScorer:
@@ -61,16 +62,18 @@ class AnswerScorer:
             questions = [self.texts[i]["question"] for i in rows]
             contexts = self._contexts(model, [sources[i] for i in rows])
             with trainer.compute_loss_context_manager():
-                texts = generate_answers(model, self.tokenizer, questions, contexts, len(rows))
+                texts = answer(model, questions, contexts, self.tokenizer, len(rows))
             answers += zip(rows, texts, strict=True)
             trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
         by_row = dict(gather_object(answers))
         return [by_row[i] for i in range(count)]
 
-    def _contexts(self, model: Any, sources: list[int]) -> Contexts:
+    def _contexts(self, model: Any, sources: list[int]) -> list[torch.Tensor]:
         if "encoder_hidden_states" in self.rows.column_names:
-            return lambda i: self.rows[sources[i]]["encoder_hidden_states"]
-        return lambda i: encode_texts(model, self.tokenizer, [self.texts[sources[i]]["context"]])[0]
+            return [self.rows[row]["encoder_hidden_states"] for row in sources]
+        encoder = Encoder(model, self.tokenizer)
+        # One at a time: sharded models encode in step, and batches would differ in number between the ranks.
+        return [encoder.encode([self.texts[row]["context"]])[0] for row in sources]
 
     def _scores(self, answers: Sequence[str]) -> dict[str, float]:
         pairs = list(zip(answers, self.golds, strict=True))

@@ -5,8 +5,9 @@ import torch
 
 from dssk import prompts
 from dssk.config import parse_experiment
-from dssk.data.collate import Collator, length_mask, pad_states, pad_tokens
-from dssk.data.dataset import IGNORED, CrossAttnDataset
+from dssk.data.collate import Collator
+from dssk.data.dataset import CrossAttnDataset
+from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.store.format import load_rows
 from tests.conftest import experiment

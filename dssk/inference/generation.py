@@ -1,0 +1,106 @@
+"""Prompts -> answers, and how likely a model finds given ones.
+
+Both functions serve every system: a fused model with its contexts, and a plain one with prompts that hold theirs.
+Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
+from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
+
+MAX_NEW_TOKENS = 32
+
+Tokens = list[int]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompted: Sequence[Tokens],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    prefixes: Sequence[Tokens] | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Answers to B prompts, greedy ones unless `settings`, which go to `generate`, say otherwise.
+
+    `prefixes` stand before the prompts, and `past_key_values` among `settings` holds what the model made of them,
+    padded on the left.
+    """
+    check_context(model, settings)
+    input_ids, mask = _pad_left(tokenizer, prefixes, prompted)
+    how = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **settings,
+    }
+    generated = model.generate(input_ids.to(model.device), attention_mask=mask.long().to(model.device), **how)
+    texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return [answer_in(text) for text in texts]
+
+
+def answer_in(generated: str) -> str:
+    """The answer rule: the first line that is not empty. What follows it is no part of an answer, for anybody."""
+    return generated.strip().partition("\n")[0].rstrip()
+
+
+@torch.no_grad()
+def nll_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompted: Sequence[Tokens],
+    targets: Sequence[Tokens],
+    prefixes: Sequence[Tokens] | None = None,
+    **kwargs: Any,
+) -> list[float]:
+    """Mean negative log-likelihood of the tokens of B targets after their prompts, in nats a token."""
+    check_context(model, kwargs)
+    # Padded on the left all targets end together, so only the last positions need logits.
+    whole = [prompt + target for prompt, target in zip(prompted, targets, strict=True)]
+    input_ids, mask = _pad_left(tokenizer, prefixes, whole)
+    labels = pad_tokens(targets, IGNORED, left=True).to(model.device)
+    known = max(map(len, prefixes)) if prefixes else 0  # positions that are in the cache
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        input_ids[:, known:].to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=positions[:, known:].to(model.device),
+        logits_to_keep=labels.shape[1] + 1,
+        **kwargs,
+    ).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    return [total / len(target) for total, target in zip(losses.sum(-1).tolist(), targets, strict=True)]
+
+
+def context_batch(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The model's arguments for encoder states (S, d) of B rows; none if there are none."""
+    if not states:
+        return {}
+    padded, mask = pad_states([s.to(model.device) for s in states])
+    return {"context": model.project_context(padded, mask)}
+
+
+def check_context(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for a context that the model would not look at: a plain one ignores it without a word."""
+    given = [name for name in CONTEXT_ARGUMENTS if arguments.get(name) is not None]
+    if given and not isinstance(model, CrossAttnForCausalLM):
+        raise ValueError(f"got {given[0]} for a {type(model).__name__}, which has no blocks to read it with")
+
+
+def _pad_left(
+    tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[Tokens] | None, prompted: Sequence[Tokens]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ids and boolean mask; prefixes and prompts are padded apart, so that each group ends together."""
+    groups = [group for group in (prefixes, prompted) if group]
+    ids = [pad_tokens(group, tokenizer.pad_token_id, left=True) for group in groups]
+    masks = [length_mask([len(tokens) for tokens in group], left=True) for group in groups]
+    return torch.cat(ids, 1), torch.cat(masks, 1)
