@@ -1,1 +1,1 @@
-"""A page to try a model on."""
+"""Where people ask a model: the demo page, and the prompt of `dssk answer`."""
