@@ -1,4 +1,4 @@
-"""Compare cached contexts with what one would do without them, on one base: `python -m dssk.evaluation.compare --help`.
+"""Comparing cached contexts with what one would do without them, on one base.
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
@@ -7,26 +7,22 @@ the same command goes on where it was stopped.
 """
 
 import json
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dssk.errors import DsskError, run
-from dssk.evaluation.evaluate import CONTROLS
+from dssk.errors import DsskError
 from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
 from dssk.evaluation.scores import score
-from dssk.inference.generate import MAX_NEW_TOKENS
 from dssk.research import cost
-from dssk.research.finetune import RATE_FACTORS
 from dssk.research.prompted import cache_bytes_per_token, make_prompt
-from dssk.research.systems import HEURISTICS, SYSTEMS, Systems
+from dssk.research.systems import HEURISTICS, Systems
 from dssk.utils import files
-from dssk.utils.console import quiet_libraries
-from dssk.utils.flags import Parser, bool_flag, nearest, positive_int
+from dssk.utils.defaults import CONTROLS, SYSTEMS
+from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks
 
 TABLE, COST = "table.json", "cost.json"
@@ -175,48 +171,8 @@ def system_list(text: str) -> list[str]:
     return [system for system in SYSTEMS if system in names]
 
 
-def main() -> None:
-    parser = Parser(prog="python -m dssk.evaluation.compare", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, fused model, or a run's folder")
-    parser.add_argument("--data_path", required=True, help="store: trains on its train split, scores on val")
-    parser.add_argument("--output", default="runs/compare", help="folder to write (%(default)s)")
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="some of %(default)s")
-    parser.add_argument(
-        "--eval",
-        action="append",
-        default=[],
-        metavar="NAME=STORE_OR_FILE",
-        help="score on these questions as well; may be given several times",
-    )
-    parser.add_argument(
-        "--max_questions", type=positive_int, help="score this many of each set, spread over it"
-    )
-    parser.add_argument(
-        "--eval_batch_size", type=positive_int, default=32, help="questions answered at a time (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer (%(default)s)"
-    )
-    training = parser.add_argument_group("fine-tuning of lora_prompted and full_prompted")
-    training.add_argument("--steps", type=positive_int, help="optimizer steps (as many as the checkpoint's)")
-    training.add_argument("--batch_size", type=positive_int, help="prompts a step (as the checkpoint's)")
-    training.add_argument(
-        "--learning_rate",
-        type=float,
-        help=f"at its peak (LoRA {RATE_FACTORS['lora']:g}, whole {RATE_FACTORS['full']:g} times the checkpoint's)",
-    )
-    training.add_argument("--lora_rank", type=positive_int, default=16, help="(%(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")
-    parser.add_argument(
-        "--medium_cost",
-        type=bool_flag,
-        default=True,
-        metavar="BOOL",
-        help="also measure a random model of 124 million parameters at contexts of 1500 tokens, a minute or two "
-        f"on a CPU, unless {COST} is there (%(default)s)",
-    )
-    args = parser.parse_args()
-    quiet_libraries()
+def compare_and_show(args: Namespace) -> None:
+    """Do what the flags of `dssk compare` say."""
     table = compare(args)
     print(f"{render(table)}\n{Path(args.output) / TABLE}")
     file = Path(args.output) / COST
@@ -226,7 +182,3 @@ def main() -> None:
     if file.is_file():
         print(f"random weights, contexts of {cost.MEDIUM_CONTEXT} tokens")
         print(f"{render(json.loads(file.read_text()))}\n{file}")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

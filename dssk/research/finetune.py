@@ -37,7 +37,7 @@ from dssk.utils.console import watched
 
 SETTINGS_FILE = "settings.json"
 # Multiples of the rate that the blocks were trained at; the best of those tried on the toy.
-RATE_FACTORS = {"lora": 2.0, "full": 0.5}
+# DEL
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,14 @@
 """Makes a small GPTBigCode base model, with its tokenizer, from text. Takes seconds for the embedded default.
 
-    python -m dssk.models.make_base --output base --dataset toy --seed 0
-    python -m dssk.models.make_base --output base --text squad.jsonl.gz nq.jsonl.gz --tokenizer bpe:4096 \\
-        --lower_case true --hidden_size 256 --layers 3 --positions 512 --batch_size 16 --steps 400 \\
-        --memory_weight 0.3
-
 The result is an ordinary checkpoint: transformers' Auto classes load it. What is special is where training
 starts (`structured_init_`).
 """
 
-import argparse
 import json
 import math
 import shutil
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,11 +30,10 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAtten
 
 from dssk import prompts
 from dssk.data.sources import BadRow, Dropped, read_rows, to_qa
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
-from dssk.utils import flags
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 SETTINGS_FILE = "make_base.json"
@@ -348,8 +341,8 @@ def _finished(output: Path, settings: Settings) -> bool:
     return True
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+def make_base_of(args: Namespace) -> None:
+    """Do what the flags of `dssk base` say, unless the folder holds that base already."""
     if args.text:
         pages = read_pages(args.text)
         source = tuple(file_fingerprint(path) for path in args.text)
@@ -364,45 +357,3 @@ def main(argv: list[str] | None = None) -> None:
         return
     make_base(args.output, settings, pages)
     print(f"made {args.output}")
-
-
-def parser() -> flags.Parser:
-    parser = flags.Parser(prog="python -m dssk.models.make_base", description=__doc__)
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder of the new base")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--dataset", choices=["toy"], default="toy", help="text made on the spot (the default)"
-    )
-    source.add_argument(
-        "--text", type=Path, nargs="+", help="QA files: JSONL(.gz) of context, question, answer"
-    )
-    add(
-        "--tokenizer",
-        type=_tokenizer_flag,
-        default="bpe:768",
-        help="bpe:SIZE trains one; or the folder of one",
-    )
-    add("--lower_case", type=flags.bool_flag, default=False, help="the trained tokenizer lower-cases")
-    add("--hidden_size", type=flags.positive_int, default=128)
-    add("--layers", type=flags.positive_int, default=2)
-    add("--heads", type=flags.positive_int, default=4)
-    add("--positions", type=flags.positive_int, default=256, help="tokens that the model can read")
-    add("--steps", type=int, default=120, help="steps of language modelling; 0: structured, but untrained")
-    add("--batch_size", type=flags.positive_int, default=24, help="documents a step")
-    add("--learning_rate", type=float, default=1e-3)
-    add("--memory_weight", type=float, default=0.0, help="0.3 on real text: states keep the last tokens")
-    add("--seed", type=int, default=0)
-    return parser
-
-
-def _tokenizer_flag(text: str) -> str:
-    kind, _, size = text.partition(":")
-    smallest = 256 + 2 + len(FIM_TOKENS)  # every byte and the special tokens
-    if kind == "bpe" and not (size.isdecimal() and int(size) >= smallest):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want bpe:SIZE of at least {smallest}, or a folder")
-    return text
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

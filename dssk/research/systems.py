@@ -12,17 +12,17 @@ from transformers import GPTBigCodeForCausalLM
 from dssk import prompts
 from dssk.checkpoint import MANIFEST, load_manifest
 from dssk.errors import DsskError
-from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, checkpoint_fingerprint
+from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint
 from dssk.evaluation.predictions import System
 from dssk.evaluation.questions import QuestionSet, load_questions
 from dssk.inference.base import load_base
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import find_model, load_model
-from dssk.research.finetune import RATE_FACTORS, FineTuning, fine_tuned
+from dssk.research.finetune import FineTuning, fine_tuned
 from dssk.research.heuristics import HeuristicSystem
 from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
+from dssk.utils.defaults import CONTROLS, RATE_FACTORS
 
-SYSTEMS = ("cross_attention", "prompted", "prompted_prefix_cache", "lora_prompted", "full_prompted")
 HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
 _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
 
@@ -30,7 +30,7 @@ _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
 class Systems:
     """A checkpoint and everything that is compared with it on its base; a model is made when first asked for.
 
-    `args` are the flags of `dssk.evaluation.compare`.
+    `args` are the flags of `dssk compare`.
     """
 
     def __init__(self, args: Namespace):

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from dssk.commands import compare as command
 from dssk.errors import DsskError
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.research import compare, cost
@@ -34,7 +35,7 @@ def run_compare(checkpoint, store_path, tmp_path, monkeypatch):
         argv += ["--medium_cost", "false", "--max_new_tokens", 4, "--max_questions", 6]
         argv += ["--steps", 2, "--batch_size", 2, "--lora_rank", 2, *flags]
         monkeypatch.setattr(sys, "argv", ["compare", *map(str, argv)])
-        compare.main()
+        command.main()
         return json.loads((tmp_path / "out" / "table.json").read_text())
 
     return run

@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig
 
 from dssk import prompts
+from dssk.commands.base import main
 from dssk.errors import DsskError
 from dssk.inference.base import load_base
 from dssk.inference.tokenizer import FIM_TOKENS, load_tokenizer
 from dssk.research import toy
-from dssk.research.make_base import Memory, build_base, main, make_documents, make_tokenizer, read_pages
+from dssk.research.make_base import Memory, build_base, make_documents, make_tokenizer, read_pages
 
 STARCODER_TOKENIZER = Path("/work/shared/data/starcoder_tokenizer")
 

