@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dssk import prompts
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
+from dssk.inference.fingerprint import is_model, tokenizer_hash
 from dssk.inference.loading import load_base_config
 from dssk.inference.rounding import SCALE_DTYPE, TORCH_DTYPES, StorageDtype, dequantize
 from dssk.inference.tokenizer import load_tokenizer
@@ -305,7 +305,7 @@ def check_model(manifest: Encoding, model_path: str | Path, revision: str | None
         difference = f"hidden size {manifest.hidden_size}, not {config.hidden_size}"
     elif tokenizer_hash(load_tokenizer(model_path, revision)) != manifest.tokenizer_hash:
         difference = "another tokenizer"
-    elif model_fingerprint(model_path, config, revision) != manifest.model_fingerprint:
+    elif not is_model(manifest.model_fingerprint, model_path, config, revision):
         difference = "other weights"
     else:
         return

@@ -128,19 +128,22 @@ def remove_temps(folder: Path) -> None:
                 remove(path)
 
 
+def is_plain(name: object) -> bool:
+    """Whether a name that was read from a file is relative and goes down alone."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return all(_PLAIN.fullmatch(part) and part not in (".", "..") for part in parts)
+
+
 def inside(folder: Path, name: object) -> Path:
     """The path of `name`, as it was read from a file, inside `folder`: the only way to use such a name.
 
     Raises `DamagedData` unless it is a plain relative name and no symbolic link leads it out of the folder.
     """
-    parts = name.split("/") if isinstance(name, str) else [""]
-    plain = all(_PLAIN.fullmatch(part) and part not in (".", "..") for part in parts)
-    path = folder.joinpath(*parts) if plain else folder
-    try:
-        if plain and path.resolve().is_relative_to(folder.resolve()):
-            return path
-    except (OSError, RuntimeError):  # links in a circle
-        pass
+    if is_plain(name):
+        path = folder / str(name)
+        with contextlib.suppress(OSError, RuntimeError):  # links in a circle
+            if path.resolve().is_relative_to(folder.resolve()):
+                return path
     raise DamagedData(f"{folder} is damaged: {str(name)[:80]!r} is not the name of a file in it")
 
 
