@@ -22,6 +22,15 @@ from dssk.inference.tokenizer import (
 )
 
 
+def check_context_ids(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `DsskError` if contexts shall be training texts and the tokenizer cannot mark their middle."""
+    if cfg.include_context_ids and fim_ids(tokenizer) is None:
+        raise DsskError(
+            f"include_context_ids is true, but the tokenizer of {cfg.model_path} has no tokens for fill-in-the-middle "
+            "(such as <fim_prefix>): set include_context_ids to false"
+        )
+
+
 class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
@@ -43,12 +52,8 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         self.training = training
         self.epoch = 0
         self.with_contexts = training and cfg.include_context_ids
+        check_context_ids(cfg, tokenizer)
         self.fim_markers = fim_ids(tokenizer) if self.with_contexts else None
-        if self.with_contexts and self.fim_markers is None:
-            raise DsskError(
-                "include_context_ids is true, but the tokenizer has no tokens for fill-in-the-middle (such as "
-                "<fim_prefix>): set include_context_ids to false"
-            )
         self.num_leading = len(leading_ids(tokenizer))
 
     def set_epoch(self, epoch: int) -> None:

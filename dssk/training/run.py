@@ -16,13 +16,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from dssk.checkpoint import BEST, FINAL, latest_checkpoint
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.data.collate import Collator
-from dssk.data.dataset import CrossAttnDataset
+from dssk.data.dataset import CrossAttnDataset, check_context_ids
 from dssk.errors import DamagedData, DsskError, Preempted
 from dssk.hub.export import export
 from dssk.hub.publish import check_repository, publish
-from dssk.inference.answering import tokenize_context
+from dssk.inference.auto import from_base, fused_config
 from dssk.inference.loading import load_base_config
-from dssk.inference.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
@@ -106,6 +106,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     """
     manifest = load_manifest(run.data_path)
     check_model(manifest, cfg.model_path)
+    check_context_ids(cfg, load_tokenizer(cfg.model_path))
     base = load_base_config(cfg.model_path)
     try:
         model = fused_config(base, **cross_attn_fields(cfg))
