@@ -1,0 +1,111 @@
+"""The decoder layers of any family: where they are, how they are extended, and how a forward pass stops at one."""
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+LAST = "last"  # the state after the final norm, before the LM head
+
+
+@functools.cache
+def mixed(mixin: type, cls: type) -> type:
+    """The class with a mixin before it, under its own name: sharding and offloading name classes."""
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the decoder layers, and their list. Raises `ValueError` if there is no list of `count`."""
+    for module in backbone.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise ValueError(f"{type(backbone).__name__} has no list of {count} layers: it cannot read a context")
+
+
+def layer_index(encode_layer: str | int | float, num_layers: int) -> int:
+    """The layer whose *input* is stored: `"last"` is `num_layers`, a share of the depth is rounded.
+
+    Raises `ValueError` for a layer that the model does not have.
+    """
+    if encode_layer == LAST:
+        return num_layers
+    if isinstance(encode_layer, float) and 0 < encode_layer < 1:
+        return max(1, round(encode_layer * num_layers))
+    if (
+        isinstance(encode_layer, int)
+        and not isinstance(encode_layer, bool)
+        and 1 <= encode_layer <= num_layers
+    ):
+        return encode_layer
+    raise ValueError(
+        f"encode_layer is {encode_layer!r}, want {LAST!r}, a layer from 1 to {num_layers}, or a share of the depth "
+        "between 0 and 1"
+    )
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the last layer that is wanted."""
+
+
+@contextmanager
+def layer_inputs(
+    layers: nn.ModuleList, wanted: Sequence[int], found: dict[int, torch.Tensor], stop: bool = False
+) -> Iterator[None]:
+    """Put what enters each wanted layer in this thread into `found`; `stop` leaves the block at the highest one."""
+    thread, highest = threading.get_ident(), max(wanted)
+
+    def see(index: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            found[index] = args[0] if args else kwargs["hidden_states"]
+            if stop and index == highest:
+                raise _Reached
+
+    with ExitStack() as hooks:
+        for index in wanted:
+            see_layer = functools.partial(see, index)
+            hook = layers[index].register_forward_pre_hook(
+                lambda _, args, kwargs, see=see_layer: see(args, kwargs), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        with suppress(_Reached):
+            yield
+
+
+@torch.no_grad()
+def encode_states(
+    backbone: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (C, S, d x number of layers) of contexts (C, S), and their boolean mask (C, S).
+
+    `layers` name the layers whose inputs are wanted, the number of all layers standing for the state after the final
+    norm, which is what an empty sequence gives. Nothing above the highest is computed. Padding may stand on either
+    side: a family need not know, each context is read from position 0. States at padding are meaningless.
+    """
+    num_layers: int = backbone.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
+    wanted = list(layers) or [num_layers]
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if attention_mask is None:
+        order, given = None, {}
+    else:
+        order = (~mask).long().argsort(dim=-1, stable=True)  # tokens first, in their order
+        input_ids, given = input_ids.gather(1, order), {"attention_mask": mask.gather(1, order).long()}
+    found: dict[int, torch.Tensor] = {}
+    below = [layer for layer in wanted if layer < num_layers]
+    if below:
+        decoder_layers = find_layers(backbone, num_layers)[1]
+        with layer_inputs(decoder_layers, below, found, stop=num_layers not in wanted):
+            found[num_layers] = backbone(input_ids, use_cache=False, **given).last_hidden_state
+    else:
+        found[num_layers] = backbone(input_ids, use_cache=False, **given).last_hidden_state
+    states = torch.cat([found[layer] for layer in wanted], dim=-1)
+    if order is not None:
+        states = states.gather(1, order.argsort(dim=-1)[..., None].expand_as(states))
+    return states, mask

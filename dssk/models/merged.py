@@ -1,0 +1,397 @@
+"""The merged reader: stored states become keys and values of every layer, and the base's own attention reads them.
+
+A state of one layer is mapped linearly to what the key and value projections of each layer would have given for that
+token. The rest (norms of the keys, rotary positions, the layout of the heads) is done by each layer's own code: the
+decoder runs once over the context with the projections' outputs replaced, and every layer stops as soon as it hands
+its keys and values to the cache. So no family needs code of its own, and what comes out is an ordinary cache.
+
+Trained are the maps alone, one matrix for all layers. Nothing is added to the decoder: without a context it is the
+base.
+
+Shapes: C contexts, B decoder rows on them, S context tokens, T text tokens, d hidden size, K key/value heads, D head
+size.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.utils.output_capturing import CompileableContextVar
+
+from dssk.models.layers import find_layers, mixed
+
+# The modules that make keys and values from an attention's input, whatever attention they sit in. Where one makes the
+# queries as well, only the rows that keys and values come from are mapped.
+PROJECTIONS = (
+    ("k_proj", "v_proj"),
+    ("kv_a_proj_with_mqa",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+)
+EPS = 1e-6  # added to the mean square of a state
+
+_capturing = CompileableContextVar("dssk_capture")  # what the layers are to hand over, `_Capture`
+
+
+class MergedLinear(nn.Linear):
+    """The maps; a class of its own so that weight initialization finds it."""
+
+
+class _Kept(Exception):
+    """A layer has handed over its keys and values: nothing after them is needed."""
+
+
+class _Capture(Cache):
+    """Stands for a cache during a run over a context: takes the keys and values of each layer, and ends the layer."""
+
+    def __init__(self, outputs: list[torch.Tensor], num_layers: int):
+        self.layers: list = []
+        self.outputs = outputs  # of each mapped projection
+        self.kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+
+    def update(self, key_states, value_states, layer_idx: int, *args: Any, **kwargs: Any):
+        self.kept[layer_idx] = (key_states, value_states)
+        raise _Kept
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class MappedProjection:
+    """Mixed into each projection of keys and values: during a capture its output is what the maps give."""
+
+    merged_slot: int | None  # which of the mapped outputs; None for one that makes queries alone
+    merged_rows: int  # width of its output
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        capture = _capturing.get()
+        if capture is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if self.merged_slot is None:
+            return hidden_states.new_zeros(*hidden_states.shape[:-1], self.merged_rows)
+        return capture.outputs[self.merged_slot].to(hidden_states.dtype)
+
+
+class CapturedLayer:
+    """Mixed into each decoder layer: during a capture it ends where its keys and values are complete."""
+
+    merged_returns: int | None = None  # how many values its forward pass returns; 0 for a bare tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _capturing.get() is None:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            self.merged_returns = len(output) if isinstance(output, tuple) else 0
+            return output
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        try:
+            super().forward(*args, **kwargs)  # type: ignore[misc]
+        except _Kept:
+            returns = self.merged_returns
+            return (hidden_states, *[None] * (returns - 1)) if returns else hidden_states
+        raise ValueError(
+            f"{type(self).__name__} keeps no keys and values in a cache: it cannot read a merged context"
+        )
+
+
+@contextmanager
+def _capture_into(capture: _Capture) -> Iterator[None]:
+    token = _capturing.set(capture)
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Clear the training flags of these modules alone: gradient checkpointing looks at them, and refuses a cache."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class MergedContext:
+    """Keys and values of C contexts for every layer, ready to stand before any text in an ordinary cache.
+
+    Made by `project_context` of a fused model. A context's tokens lie at the right end of its row, next to the text.
+    """
+
+    keys: tuple[torch.Tensor, ...]  # (C, K, S, D) for each layer
+    values: tuple[torch.Tensor, ...]  # (C, K, S, D)
+    mask: torch.Tensor  # (C, S) boolean, True = attend
+    lengths: torch.Tensor  # (C,) positions that the contexts take: a text goes on from there
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def __deepcopy__(self, memo: dict) -> "MergedContext":
+        return self  # generation copies its arguments; nothing here is ever written to
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    def grouped(self, counts: list[int]) -> "MergedContext":
+        """Contexts that are read together: the first `counts[0]` by the first question, and so on.
+
+        Each keeps its own positions from 0; the text goes on after the longest.
+        """
+        if sum(counts) != len(self) or min(counts, default=0) < 1:
+            raise ValueError(f"{len(self)} contexts cannot be divided into groups of {counts}")
+        width = max(counts)
+        where = self.mask.new_zeros(len(counts), width, dtype=torch.long)  # padding repeats context 0, unseen
+        there = torch.zeros_like(where, dtype=torch.bool)
+        first = 0
+        for row, count in enumerate(counts):
+            where[row, width - count :] = torch.arange(first, first + count)
+            there[row, width - count :] = True
+            first += count
+
+        def joined(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[where].transpose(1, 2).flatten(2, 3)  # (groups, K, width x S, D)
+
+        return MergedContext(
+            tuple(map(joined, self.keys)),
+            tuple(map(joined, self.values)),
+            (self.mask[where] & there[..., None]).flatten(1),
+            (self.lengths[where] * there).amax(1),
+        )
+
+    def cache(self, config: Any, rows: int | None = None) -> DynamicCache:
+        """An ordinary cache for `rows` decoder rows (a multiple of C; C if not given), those of a context together."""
+        repeats = self.repeats(len(self) if rows is None else rows)
+        cache = DynamicCache(config=config)
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            if repeats > 1:
+                keys, values = (tensor.repeat_interleave(repeats, 0) for tensor in (keys, values))
+            cache.update(keys, values, index)
+        return cache
+
+    def repeats(self, rows: int) -> int:
+        """How many decoder rows read each context. Raises `ValueError` for a number that does not divide."""
+        if rows % len(self):
+            raise ValueError(f"{rows} decoder rows cannot share {len(self)} contexts: want a multiple")
+        return rows // len(self)
+
+    def before(
+        self, attention_mask: torch.Tensor | None, rows: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask (B, S + T) and positions (B, T) of texts that follow the context in the cache.
+
+        `attention_mask` (B, T) says where the texts have tokens; everywhere if it is None.
+        """
+        repeats = self.repeats(rows)
+        mask = self.mask.repeat_interleave(repeats, 0)
+        if attention_mask is None:
+            attention_mask = mask.new_ones(rows, tokens)
+        text = attention_mask.to(mask.device)
+        positions = (text.long().cumsum(-1) - 1).clamp(min=0) + self.lengths.repeat_interleave(repeats)[
+            :, None
+        ]
+        return torch.cat([mask.long(), text.long()], 1), positions[:, -tokens:]
+
+
+class MergedReader(nn.Module):
+    """Maps from stored states to the outputs of every layer's key and value projections.
+
+    Args:
+        backbone: the decoder without its LM head; its layers and projections learn to be captured. Its weights are
+            not touched, and it is not held.
+        num_states: how many layers' states are stored for a token, one behind the other.
+        rank: width of a bottleneck that all maps share; `None` for full maps.
+    """
+
+    rows: torch.Tensor  # (all mapped outputs,) which output of its projection each is
+
+    def __init__(self, backbone: nn.Module, num_states: int = 1, rank: int | None = None):
+        super().__init__()
+        config: Any = backbone.config
+        text = config.get_text_config()
+        self.num_states, self.rank = num_states, rank
+        self.num_layers: int = text.num_hidden_layers
+        self.widths = _prepare(find_layers(backbone, self.num_layers)[1], text)
+        width, outputs = num_states * text.hidden_size, sum(mapped for mapped, _ in self.widths)
+        self.down = None if rank is None else MergedLinear(width, rank, bias=False)
+        self.up = MergedLinear(width if rank is None else rank, outputs)
+        self.register_buffer("rows", torch.empty(outputs, dtype=torch.long), persistent=self.fused)
+        self.reset_rows()
+
+    @property
+    def fused(self) -> bool:
+        """Whether projections make queries as well, so that only some of their outputs are mapped."""
+        return any(mapped < whole for mapped, whole in self.widths)
+
+    def reset_rows(self) -> None:
+        """Take the last outputs of each projection for keys and values, until `find_rows` has looked."""
+        last = [torch.arange(whole - mapped, whole) for mapped, whole in self.widths]
+        with torch.no_grad():
+            self.rows.copy_(torch.cat(last))
+
+    def maps(self, states: torch.Tensor) -> torch.Tensor:
+        """All mapped outputs (C, S, rows) of states (C, S, num_states x d) as they are stored."""
+        states = normalized(states.to(self.up.weight.dtype), self.num_states)
+        return self.up(states if self.down is None else self.down(states))
+
+    def forward(
+        self,
+        backbone: nn.Module,
+        states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> MergedContext:
+        """What a decoder reads of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
+
+        Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but are not attended.
+        """
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        order = mask.long().argsort(dim=-1, stable=True)  # padding first, then the tokens in their order
+        lengths = mask.sum(-1)
+        visible = mask if hidden is None else mask & ~hidden
+        ordered = states.gather(1, order[..., None].expand_as(states))
+        count = states.shape[1]
+        positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
+        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions)
+        keys, values = zip(*kept, strict=True)
+        return MergedContext(keys, values, visible.gather(1, order), lengths)
+
+    def _outputs(self, mapped: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs (C, S, whole) of each projection, zero in rows that are not mapped."""
+        outputs, first = [], 0
+        for width, whole in self.widths:
+            part = mapped[..., first : first + width]
+            if width < whole:
+                rows = self.rows[first : first + width]
+                part = part.new_zeros(*part.shape[:-1], whole).index_copy(-1, rows, part)
+            outputs.append(part)
+            first += width
+        return outputs
+
+    def _capture(
+        self, backbone: nn.Module, outputs: list[torch.Tensor], positions: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, (C, K, S, D) each, for given outputs of their projections."""
+        config: Any = backbone.config
+        stack, layers = find_layers(backbone, self.num_layers)
+        embedded = outputs[0].new_zeros(*positions.shape, config.get_text_config().hidden_size)
+        embedded = embedded.to(_dtype(backbone))
+        given = {"position_ids": positions} if accepts(backbone, "position_ids") else {}
+        capture = _Capture(outputs, self.num_layers)
+        with _evaluating([backbone, stack, *layers]):
+            if layers[0].merged_returns is None:  # an ordinary run shows what the layers return
+                with torch.no_grad():
+                    backbone(inputs_embeds=embedded[:1, :1], use_cache=False)
+            with _capture_into(capture):
+                backbone(inputs_embeds=embedded, past_key_values=capture, use_cache=True, **given)
+        return [pair for pair in capture.kept if pair is not None]
+
+    @torch.no_grad()
+    def find_rows(self, backbone: nn.Module) -> None:
+        """Find which outputs of each projection its layer's keys and values come from: those with a gradient."""
+        if not self.fused:
+            return
+        generator = torch.Generator().manual_seed(0)
+        device = self.rows.device
+        with torch.enable_grad():
+            outputs = [
+                torch.randn(1, 2, whole, generator=generator).to(device).requires_grad_()
+                for _, whole in self.widths
+            ]
+            kept = self._capture(backbone, outputs, torch.arange(2, device=device)[None])
+            flat = torch.cat([tensor.float().flatten() for pair in kept for tensor in pair])
+            gradients = torch.autograd.grad(
+                flat @ torch.randn(len(flat), generator=generator).to(device), outputs
+            )
+        found = [gradient.abs().amax((0, 1)).nonzero()[:, 0] for gradient in gradients]
+        for rows, (width, _) in zip(found, self.widths, strict=True):
+            if len(rows) != width:
+                raise ValueError(
+                    f"{type(backbone).__name__} makes keys and values from {len(rows)} outputs of a projection, "
+                    f"expected {width}: the merged reader cannot be used with it"
+                )
+        self.rows.copy_(torch.cat(found))
+
+
+def normalized(states: torch.Tensor, num_states: int = 1) -> torch.Tensor:
+    """Each state (..., num_states x d) divided by its root mean square: attention sinks are huge in middle layers."""
+    parts = states.unflatten(-1, (num_states, -1))
+    return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + EPS)).flatten(-2)
+
+
+def accepts(module: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass has this parameter."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def find_projections(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a decoder layer that make its keys and values, by name, in a fixed order."""
+    modules = [(name.rpartition(".")[2], module) for name, module in layer.named_modules()]
+    for names in PROJECTIONS:
+        found = [next(((n, m) for n, m in modules if n == name), None) for name in names]
+        if all(found):
+            return [pair for pair in found if pair is not None]
+    return []
+
+
+def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int]]:
+    """Teach layers and projections to be captured; for each projection how many outputs are mapped, and of how many."""
+    widths: list[tuple[int, int]] = []
+    for index, layer in enumerate(layers):
+        projections = find_projections(layer)
+        if not projections:
+            raise ValueError(
+                f"layer {index} of a {config.model_type} model has no attention with projections of its own "
+                f"({', '.join('/'.join(names) for names in PROJECTIONS)}): it cannot read a merged context"
+            )
+        for name, module in projections:
+            whole = _out_features(module)
+            mapped = (
+                whole if name in ("k_proj", "v_proj", "kv_a_proj_with_mqa") else whole - _query_width(config)
+            )
+            _extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole)
+            widths.append((mapped, whole))
+        if (query := next((m for n, m in layer.named_modules() if n.endswith("q_proj")), None)) is not None:
+            _extend(query, MappedProjection, merged_slot=None, merged_rows=_out_features(query))
+        _extend(layer, CapturedLayer)
+    return widths
+
+
+def _extend(module: Any, mixin: type, **attributes: Any) -> None:
+    if not isinstance(module, mixin):
+        cls: type = type(module)
+        module.__class__ = mixed(mixin, cls)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _out_features(module: nn.Module) -> int:
+    out: Any = getattr(module, "out_features", None) or getattr(module, "nf", None)  # transformers' Conv1D
+    return out
+
+
+def _query_width(config: Any) -> int:
+    """Outputs of a projection of queries, keys and values that are queries."""
+    heads = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _dtype(backbone: nn.Module) -> torch.dtype:
+    embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
+    return embeddings.weight.dtype
