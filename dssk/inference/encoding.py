@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dssk.errors import Diverged, EnvironmentFault
 from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, dequantize, quantize
-from dssk.inference.tokenizer import tokenize_context
+from dssk.inference.tokenizer import tokenize_contexts
 from dssk.models import modeling
 from dssk.models.shapes import window
 
@@ -62,19 +62,22 @@ class Encoder:
         self.maximum_input_length = maximum_input_length or window(model.config)
         self.out_of_memory_splits = 0
 
-    def encode(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[torch.Tensor]:
-        """The states (S, d) of each text, on the model's device."""
-        return self.encode_tokens([tokenize_context(self.tokenizer, text) for text in texts], batch_size)
-
-    def encode_tokens(self, input_ids: Sequence[Tokens], batch_size: int = BATCH_SIZE) -> list[torch.Tensor]:
-        """The states (S, d) of contexts that are tokenized already."""
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        input_ids: Sequence[Tokens] | None = None,
+    ) -> list[torch.Tensor]:
+        """The states (S, d) of each text, on the model's device; `input_ids` are its tokens if they are known."""
+        if input_ids is None:
+            assert self.tokenizer is not None
+            input_ids = tokenize_contexts(self.tokenizer, texts) if texts else []
         cut = [ids[: self.maximum_input_length] for ids in input_ids]
         states: dict[int, torch.Tensor] = {}
         for rows in length_batches([len(ids) for ids in cut], batch_size, BATCH_TOKENS):
-            chosen = [cut[row] for row in rows]
-            texts = [self.tokenizer.decode(ids[:20]) for ids in chosen]
-            values = dequantize(*self.quantized(Batch(texts, chosen)))
-            states |= zip(rows, values.split([len(ids) for ids in chosen]), strict=True)
+            batch = Batch([texts[row] for row in rows], [cut[row] for row in rows])
+            values = dequantize(*self.quantized(batch))
+            states |= zip(rows, values.split([len(ids) for ids in batch.input_ids]), strict=True)
         return [states[row] for row in range(len(cut))]
 
     def quantized(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

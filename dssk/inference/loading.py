@@ -4,22 +4,13 @@ What was saved with checksums is verified, the base below a checkpoint is recogn
 left over, and no code comes with a model. Whatever a damaged folder makes transformers raise is one line.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,9 +21,10 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dssk.checkpoint import FINAL, MANIFEST, checkpoint_step, latest_checkpoint, verify_checkpoint
-from dssk.errors import DamagedData, DsskError, EnvironmentFault
+from dssk.errors import DamagedData, DsskError
 from dssk.inference.auto import checked_model_type, family, register
-from dssk.inference.fingerprint import model_fingerprint
+from dssk.inference.faults import loading
+from dssk.inference.fingerprint import is_model
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.configuration import CrossAttnConfig
 from dssk.models.modeling import quiet_load_report
@@ -172,7 +164,7 @@ def _check_base(source: str | Path, config: Any, base_model: str | Path | None, 
         base_config = load_base_config(base, revision)
     except DsskError as error:
         raise type(error)(f"the base of {source}: {error} (--base_model says where it is now)") from error
-    if expected and model_fingerprint(base, base_config, revision) != expected:
+    if expected and not is_model(expected, base, base_config, revision):
         raise DsskError(
             f"{base} is not the base that {source} was trained on, its weights are others: bring that base back, or "
             "name a folder that holds it with --base_model"
@@ -214,46 +206,6 @@ def device(index: int = 0) -> torch.device:
     if 0 < count <= index:
         raise DsskError(f"process {index} of this node has no GPU: start at most {count}")
     return torch.device("cuda", index) if count else torch.device("cpu")
-
-
-# --- faults ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def loading(path: str | Path) -> Iterator[None]:
-    """Make one line of whatever transformers raises while it reads a model."""
-    try:
-        yield
-    except (DsskError, KeyboardInterrupt):
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EnvironmentFault(f"out of memory loading {path}: take a machine with more of it") from error
-    except Exception as error:
-        reason = f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        if _out_of_reach(error):
-            raise EnvironmentFault(f"cannot fetch {path}, the Hub is out of reach: {reason[:300]}") from error
-        if isinstance(error, ImportError):
-            raise DsskError(f"{path} needs a package that is not installed: {reason[:300]}") from error
-        if not Path(path).exists():
-            raise DsskError(f"no model at {path}: {reason[:300]}") from error
-        # A configuration or a file that was altered makes it raise anything: a type nobody lists, a division by zero.
-        raise DamagedData(
-            f"{path} cannot be loaded: {reason[:300]}: fetch or convert the model again"
-        ) from error
-
-
-def _out_of_reach(error: BaseException | None) -> bool:
-    """Whether the network is why: transformers' own error has the transport's as its cause."""
-    while error is not None:
-        module = type(error).__module__.partition(".")[0]
-        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
-            return True
-        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
-            return False  # the Hub said so
-        if module in ("httpx", "httpcore", "requests"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @cache

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.errors import DsskError
+from dssk.inference.faults import loading
 
 # Tokens for fill-in-the-middle as StarCoder, SantaCoder and Qwen spell them: prefix, middle, suffix, padding.
 FIM_SPELLINGS = tuple(
@@ -22,10 +23,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     That is its own, or the one for fill-in-the-middle, or end of text. All of them would do: padding is known by
     the lengths of the rows and never by its id, so that end of text stays in the loss and the model learns to stop.
     """
-    try:
+    with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DsskError(f"no tokenizer at {path}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise DsskError(
             f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json"
