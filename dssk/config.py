@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,11 +12,16 @@ from dssk.utils.flags import nearest
 
 
 class ExperimentConfig(BaseModel):
-    """One experiment, complete and checked. It has no defaults: `BASE_CONFIG` in `exp_configs.py` is their home."""
+    """One experiment, complete and checked. It has no defaults: `BASE_CONFIG` in `exp_configs.py` is their home.
+
+    Keys that came after version 0.1 have one: what 0.1 did, so that its experiments keep their identity.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    model_path: str = Field(min_length=1, description="base model, GPTBigCode: a folder or a name on the Hub")
+    model_path: str = Field(
+        min_length=1, description="base model, any decoder: a folder or a name on the Hub"
+    )
 
     num_cross_attn_layers: int = Field(
         ge=1, description="cross-attention blocks, counted back from the output"
@@ -34,7 +39,15 @@ class ExperimentConfig(BaseModel):
     cross_attn_shared_projections: bool = Field(description="queries and keys use one projection")
     cross_attn_hidden_size: int | None = Field(ge=1, description="width of the blocks; None: the decoder's")
     cross_attn_num_attention_heads: int | None = Field(ge=1, description="heads; None: the decoder's")
-    cross_attn_num_key_value_heads: int | None = Field(ge=1, description="key/value heads; None: all heads")
+    cross_attn_num_key_value_heads: Annotated[int, Field(ge=1)] | Literal["base"] | None = Field(
+        description="key/value heads; None: all heads; base: grouped as the decoder's"
+    )
+    cross_attn_norm: Literal["layer_norm", "rms_norm", "base"] = Field(
+        default="layer_norm", description="norms of a block; base: the decoder's kind"
+    )
+    cross_attn_mlp: Literal["plain", "gated", "base"] = Field(
+        default="plain", description="MLP of a block; base: gated where the decoder's is"
+    )
     cross_attn_init: Literal["zero", "normal", "copy"] = Field(
         description="zero: start as the base model exactly; copy: the last block starts as an induction head"
     )
@@ -91,7 +104,7 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
 
 
 def _fault(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    key = fault["loc"][0]  # what follows names the alternative of a type
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(key, ExperimentConfig.model_fields)}"
     if fault["type"] == "missing":

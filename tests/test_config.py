@@ -32,7 +32,15 @@ EXPERIMENTS = [(group, exp) for group, exps in EXP_GROUPS.items() for exp in exp
 
 
 def test_every_key_of_the_base_configuration_is_known_and_none_is_missing():
-    assert set(BASE_CONFIG) == set(ExperimentConfig.model_fields)
+    required = {name for name, field in ExperimentConfig.model_fields.items() if field.is_required()}
+    assert set(BASE_CONFIG) == required
+
+
+def test_the_experiments_of_version_0_1_keep_their_identity():
+    """A new key in them would give their runs' folders other names, and their jobs would start afresh."""
+    assert experiment_id(expand_group(EXP_GROUPS["crossattn_starcoderbase-1b"])[0]) == "98fe9274d2a59e9761766e7c66b50571"
+    assert parse_experiment(BASE_CONFIG).cross_attn_norm == "layer_norm"
+    assert parse_experiment(BASE_CONFIG).cross_attn_mlp == "plain"
 
 
 @pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
