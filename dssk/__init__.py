@@ -1,17 +1,44 @@
-"""Cached context for frozen StarCoder-family models through a few trained cross-attention blocks.
+"""Cached context for frozen decoders through a few trained cross-attention blocks.
 
-Importing this package lets transformers' Auto classes load the models it saves; it does nothing else.
+After `import dssk`, before or after transformers, its Auto classes load the models that this package saves. Nothing
+heavy is imported before it is used.
 """
 
-from pathlib import Path
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dssk import prompts
-from dssk.inference.auto import from_base, register
-from dssk.models.cross_attention import ProjectedContext
+from dssk.inference.registration import register_when_needed
+from dssk.utils.old_names import OldNames
 
-__all__ = ["ProjectedContext", "from_base", "prompts"]
+if TYPE_CHECKING:
+    from dssk.inference.auto import from_base
+    from dssk.inference.loading import load_model
+    from dssk.models.cross_attention import ProjectedContext
 
-register()
+__all__ = ["ProjectedContext", "from_base", "load_model", "prompts"]
+__version__ = "0.2.0"
 
-# `python -m dssk.library` is `dssk library`: the commands are found as if they lay here.
-__path__.append(str(Path(__file__).parent / "commands"))
+_HOMES = {
+    "ProjectedContext": "dssk.models.cross_attention",
+    "from_base": "dssk.inference.auto",
+    "load_model": "dssk.inference.loading",
+    "CrossAttnGPTBigCodeConfig": "dssk.inference.auto",  # the names of version 0.1
+    "CrossAttnGPTBigCodeForCausalLM": "dssk.inference.auto",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dssk' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_needed()
+if sys.argv[:1] == ["-m"]:  # Python looks for the module that it shall run
+    sys.meta_path.insert(0, OldNames())
