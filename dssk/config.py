@@ -3,12 +3,18 @@
 import hashlib
 import itertools
 import json
+import re
+import reprlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dssk.errors import DsskError
 from dssk.utils.flags import nearest
+
+MAX_FAULTS = 8  # that one message names
+MAX_KEY = 100  # letters of a key that are compared with the known ones
 
 
 class ExperimentConfig(BaseModel):
@@ -17,7 +23,9 @@ class ExperimentConfig(BaseModel):
     Keys that came after version 0.1 have one: what 0.1 did, so that its experiments keep their identity.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     model_path: str = Field(
         min_length=1, description="base model, any decoder: a folder or a name on the Hub"
@@ -89,7 +97,12 @@ class ExperimentConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         description="recompute activations in the backward pass: less memory"
     )
-    seed: int = Field(ge=0, description="of new weights, sample order and augmentations")
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations in a row without a better one that end training; None: all --steps",
+    )
+    seed: int = Field(ge=0, lt=2**32, description="of new weights, sample order and augmentations")
 
 
 def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
@@ -97,19 +110,32 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
     try:
         cfg = ExperimentConfig.model_validate(exp_dict)
     except ValidationError as error:
-        raise DsskError("experiment: " + "; ".join(_fault(fault) for fault in error.errors())) from None
+        raise DsskError(f"experiment: {faults(error, ExperimentConfig.model_fields)}") from None
     if cfg.fp16 and cfg.bf16:
         raise DsskError("experiment: fp16 and bf16 are both true, want at most one of them")
     return cfg
 
 
-def _fault(fault: Any) -> str:
-    key = fault["loc"][0]  # what follows names the alternative of a type
+def faults(error: ValidationError, known: Iterable[str]) -> str:
+    """What is wrong with the keys of a configuration, on one line; `known` are its keys."""
+    found = error.errors(include_url=False)
+    more = [f"and {len(found) - MAX_FAULTS} more"] if len(found) > MAX_FAULTS else []
+    return "; ".join([*(_fault(fault, known) for fault in found[:MAX_FAULTS]), *more])
+
+
+def _fault(fault: Any, known: Iterable[str]) -> str:
+    whole = fault["type"] == "extra_forbidden"
+    key = ".".join(
+        str(part) for i, part in enumerate(fault["loc"]) if not i or whole or str(part).isidentifier()
+    )
+    shown = key if re.fullmatch(r"[\w.]{1,60}", key) else reprlib.repr(key)
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key}{nearest(key, ExperimentConfig.model_fields)}"
+        return f"unknown key {shown}{nearest(key[:MAX_KEY], known)}"
     if fault["type"] == "missing":
-        return f"key {key} is missing"
-    return f"{key} is {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        return f"key {shown} is missing"
+    if fault["type"] == "value_error":
+        return f"{shown}: {fault['ctx']['error']}"
+    return f"{shown} is {reprlib.repr(fault['input'])}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def expand_group(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,4 +164,6 @@ def apply_overrides(exp_dict: dict[str, Any], overrides: list[str]) -> dict[str,
             changed[key] = json.loads(text)
         except json.JSONDecodeError:
             changed[key] = text
+        except (RecursionError, ValueError):
+            raise DsskError(f"--set {key}: its value is nested too deeply, or a number too long") from None
     return changed

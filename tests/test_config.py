@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dssk.config import (
@@ -92,6 +92,11 @@ def test_an_unknown_key_is_refused_naming_the_nearest_known_one():
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'"),
         ({"fp16": True, "bf16": True}, "at most one"),
         ({"cross_attn_dropout_prob": 1.0}, "cross_attn_dropout_prob is 1.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, input should be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"seed": 5_000_000_000}, "seed is 5000000000, input should be less than 4294967296"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
+        ({"evil\n\x1b[31mkey": 1}, r"unknown key 'evil\\n\\x1b\[31mkey'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_key_and_value(change, message):
@@ -124,6 +129,7 @@ def test_a_list_as_a_value_stands_for_one_experiment_with_each_element():
     assert grid == [{"a": a, "b": 3, "c": c} for a in (1, 2) for c in ("x", "y")]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(BASE_CONFIG)), st.one_of(st.none(), st.integers(), st.text(max_size=5))
@@ -153,3 +159,23 @@ def test_overrides_are_json_or_plain_text():
     assert BASE_CONFIG["seed"] == 0
     with pytest.raises(DsskError, match="want key=value"):
         apply_overrides(BASE_CONFIG, ["seed"])
+
+
+def test_a_message_stays_short_whatever_the_experiment_holds():
+    hostile = {f"unknown_{i}": 0 for i in range(10_000)} | {"k" * 100_000: 1, "seed": "x" * 100_000}
+    with pytest.raises(DsskError, match="and 9994 more") as caught:
+        parse_experiment({**BASE_CONFIG, **hostile})
+    assert len(str(caught.value)) < 2_000
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000, '{"a":' * 50_000])
+def test_a_value_that_no_parser_can_take_is_refused_in_one_line(value):
+    with pytest.raises(DsskError, match="--set seed: its value is nested too deeply, or a number too long"):
+        apply_overrides(BASE_CONFIG, [f"seed={value}"])
+
+
+@pytest.mark.parametrize("text", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_an_override_that_is_no_number_is_refused(text):
+    with pytest.raises(DsskError, match="learning_rate is -?(inf|nan)"):
+        parse_experiment(apply_overrides(BASE_CONFIG, [f"learning_rate={text}"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dssk.errors import DsskError
+from dssk.run_folder import ERRORS, LOGS
 from dssk.training.flags import RunArgs
 from dssk.utils.wandb_key import KEY_FILE_VARIABLE
 
@@ -61,7 +62,7 @@ def with_logs_and_signals(command: str, savedir: Path) -> str:
     The toolkit runs a bash, and a container's first process is all that it stops: bash would not tell the launcher.
     """
     # In its own process group (set -m) the training gets the signal once; the first wait ends with the signal itself.
-    logs, errors = (shlex.quote(str(savedir / name)) for name in ("logs.txt", "err.txt"))
+    logs, errors = (shlex.quote(str(savedir / name)) for name in (LOGS, ERRORS))
     return (
         f"exec >>{logs} 2>>{errors}; set -m; {{ trap : TERM; {command}; }} & set +m; "
         "trap 'kill -TERM -- -$!' TERM; wait $!; code=$?; "

@@ -2,14 +2,16 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dssk.config import faults
 from dssk.errors import DsskError
-from dssk.utils.flags import nearest
 
 DEFAULT_GROUP = "default"
+VARIABLE = re.compile("[A-Z0-9_]+")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
@@ -60,16 +62,16 @@ class ToolkitConfig(JobConfig):
     name: str | None = Field(None, description="<exp_id> and <time> are replaced")
     job_spec: dict[str, Any] = Field({}, description="further arguments of the client's JobSpec, unchecked")
 
-    @field_validator("environment_vars")
+    @field_validator("environment_vars", "job_spec")
     @classmethod
-    def _no_secrets(cls, variables: list[str]) -> list[str]:
-        for variable in variables:
-            if SECRET.search(variable.split("=")[0]):
+    def _no_secrets(cls, value: Any) -> Any:
+        for name in _names(value):
+            if SECRET.search(name):
                 raise ValueError(
-                    f"{variable.split('=')[0]} looks like a secret, and a job's specification is no place for one: "
+                    f"{name[:40]!r} looks like a secret, and a job's specification is no place for one: "
                     "use ./copy_wandb_key.sh or `hf auth login`"
                 )
-        return variables
+        return value
 
     @property
     def num_gpus(self) -> int:
@@ -141,9 +143,7 @@ def parse_job_config(
         return CONFIGS[scheduler].model_validate(configs[name])
     except ValidationError as error:
         known = CONFIGS[scheduler].model_fields
-        raise DsskError(
-            f"JOB_CONFIG[{name!r}] for {scheduler}: " + "; ".join(_fault(f, known) for f in error.errors())
-        ) from None
+        raise DsskError(f"JOB_CONFIG[{name!r}] for {scheduler}: {faults(error, known)}") from None
 
 
 def toolkit_account(users: dict[str, str]) -> tuple[str, str]:
@@ -161,15 +161,21 @@ def toolkit_account(users: dict[str, str]) -> tuple[str, str]:
     return account, users[account]
 
 
-def _fault(fault: Any, known: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {key}{nearest(key, known)}"
-    if fault["type"] == "missing":
-        return f"key {key} is missing"
-    if fault["type"] == "value_error":
-        return f"{key}: {fault['ctx']['error']}"
-    return f"{key} is {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
+def _names(value: Any) -> Iterator[str]:
+    """Every name in a value, however it is nested: keys, what stands before a text's `=`, and TEXTS_LIKE_THIS."""
+    if isinstance(value, str):
+        name, equals, _ = value.partition("=")
+        if equals or VARIABLE.fullmatch(value):
+            yield name
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _names(inner)
+    elif isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):
+        for inner in value:
+            yield from _names(inner)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise ValueError(f"holds a {type(value).__name__}, want texts, numbers, lists and mappings")
 
 
 def _fill(value: Any, user: str) -> Any:

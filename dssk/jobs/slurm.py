@@ -14,10 +14,9 @@ from typing import Any
 
 from dssk.errors import DsskError, EnvironmentFault, Preempted
 from dssk.jobs.states import ALIVE, GONE, state_of
+from dssk.run_folder import ERRORS, JOB_CODE, JOB_ENDED, JOB_SCRIPT, LOGS, STATUS
 from dssk.utils.files import publish_text
 
-SCRIPT = "job.sh"
-ENDED = "job_ended"  # "<job id> <exit code>" of the last job that ended by itself
 KILL_SECONDS = 120
 TRIES = 5
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -64,7 +63,7 @@ def submit_job(
 ) -> str:
     """Write the batch script into the experiment's folder and submit it; returns the job's id."""
     savedir = Path(workdir).parent
-    script = savedir / SCRIPT
+    script = savedir / JOB_SCRIPT
     publish_text(script, batch_script(command, job_config["nodes"], savedir))
     account = [f"--account={account_id}"] if account_id else []
     return _slurm(
@@ -74,8 +73,8 @@ def submit_job(
         f"--nodes={job_config['nodes']}",
         "--ntasks-per-node=1",
         "--open-mode=append",
-        f"--output={_literal(savedir / 'logs.txt')}",
-        f"--error={_literal(savedir / 'err.txt')}",
+        f"--output={_literal(savedir / LOGS)}",
+        f"--error={_literal(savedir / ERRORS)}",
         *account,
         *job_config["options"],
         str(script),
@@ -86,11 +85,11 @@ def batch_script(command: str, nodes: int, savedir: Path) -> str:
     """The text of the batch script that runs `command` once on each node."""
     return BATCH_SCRIPT.format(
         nodes=nodes,
-        code=shlex.quote(str(savedir / "code")),
+        code=shlex.quote(str(savedir / JOB_CODE)),
         command=shlex.quote(f"trap : TERM; {command}"),
         preempted=Preempted.exit_code,
-        status=shlex.quote(str(savedir / "status.json")),
-        ended=shlex.quote(str(savedir / ENDED)),
+        status=shlex.quote(str(savedir / STATUS)),
+        ended=shlex.quote(str(savedir / JOB_ENDED)),
     )
 
 
@@ -130,9 +129,9 @@ def kill_job(api: None, job_id: str) -> None:
 
 
 def ended_state(savedir: Path, job_id: str) -> str | None:
-    """How a job says that it ended, for clusters without accounting; None if it said nothing."""
+    """How a job says that it ended (`<job id> <exit code>`), where there is no accounting; None if it said nothing."""
     try:
-        last_id, code = (savedir / ENDED).read_text().split()
+        last_id, code = (savedir / JOB_ENDED).read_text().split()
     except (OSError, ValueError):
         return None
     if last_id != job_id:

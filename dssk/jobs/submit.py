@@ -2,19 +2,18 @@
 
 import dataclasses
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dssk.config import apply_overrides, expand_group, experiment_id, parse_experiment
+from dssk.config import experiment_id, parse_experiment
 from dssk.errors import DsskError
 from dssk.jobs.command import job_command, with_logs_and_signals
 from dssk.jobs.config import SlurmConfig, ToolkitConfig, parse_job_config, toolkit_account
 from dssk.jobs.states import ALIVE, FAILED, NEVER_LAUNCHED
+from dssk.run_folder import ERRORS, LOGS, last_lines, move_aside
 from dssk.training.flags import JOB_ACTIONS, RunArgs
-from dssk.training.run import stored_experiment
-from dssk.utils.flags import nearest
+from dssk.training.run import chosen_experiments
 from dssk.utils.wandb_key import KEY_FILE
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ def submit(args: RunArgs, groups: Groups, job_configs: Any) -> None:
     """Do what `--job_action` says with the jobs of the chosen experiments; `job_configs` is the module."""
     args = with_absolute_paths(args)
     experiments = chosen_experiments(args, groups)
+    check_experiments(experiments)
     config = parse_job_config(str(args.job_scheduler), args.exp_group, job_configs.JOB_CONFIG)
     jobs = open_jobs(args, experiments, config, job_configs.EAI_ACCOUNT_ID_TO_USER)
     from dssk.jobs.notebook import create_notebook  # haven is there now
@@ -43,14 +43,8 @@ def submit(args: RunArgs, groups: Groups, job_configs: Any) -> None:
     show_status(jobs)
 
 
-def chosen_experiments(args: RunArgs, groups: Groups) -> list[dict[str, Any]]:
-    """The experiments of `--exp_group`, with `--set`, each once and checked; or the stored one of `--exp_id`."""
-    if args.exp_id is not None:
-        experiments = [stored_experiment(Path(args.savedir_base), args.exp_id)]
-    elif args.exp_group in groups:
-        experiments = [apply_overrides(e, args.overrides) for e in expand_group(groups[args.exp_group])]
-    else:
-        raise DsskError(f"unknown experiment group {args.exp_group}{nearest(str(args.exp_group), groups)}")
+def check_experiments(experiments: list[dict[str, Any]]) -> None:
+    """Refuse what a job would refuse, before any is submitted."""
     for exp_dict in experiments:
         model_path = parse_experiment(exp_dict).model_path
         if not Path(model_path).is_absolute() and Path(model_path).exists():
@@ -58,7 +52,6 @@ def chosen_experiments(args: RunArgs, groups: Groups) -> list[dict[str, Any]]:
                 f"model_path is {model_path}, a folder relative to this one, and a job runs in its own copy of the "
                 f"code: use --set model_path={Path(model_path).resolve()}"
             )
-    return list({experiment_id(exp_dict): exp_dict for exp_dict in experiments}.values())
 
 
 def with_absolute_paths(args: RunArgs) -> RunArgs:
@@ -132,16 +125,6 @@ def command_of(args: RunArgs, exp_id: str, num_ranks: int) -> str:
     return command
 
 
-def move_aside(savedir: Path) -> None:
-    """Move an experiment's folder to `deleted/`, where nothing is ever erased."""
-    if savedir.exists():
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        aside = savedir.parent / "deleted" / f"{savedir.name}-{stamp}"
-        aside.parent.mkdir(exist_ok=True)
-        number = len(list(aside.parent.glob(f"{aside.name}*")))
-        savedir.rename(aside if not number else aside.with_name(f"{aside.name}-{number}"))
-
-
 def job_states(jobs: "Jobs") -> dict[str, dict[str, Any]]:
     """For each experiment's id its `job_id`, `state` and the scheduler's word for it, `reported`."""
     ids = {experiment_id(exp_dict): jobs.job_of(exp_dict) for exp_dict in jobs.exp_list}
@@ -168,9 +151,8 @@ def show_logs(jobs: "Jobs") -> None:
     states = job_states(jobs)
     for exp_dict in jobs.exp_list:
         failed = states[experiment_id(exp_dict)]["state"] == FAILED
-        file = jobs.savedir(exp_dict) / ("err.txt" if failed else "logs.txt")
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else ["no log yet"]
-        print("\n".join([f"== {file}", *lines[-LOG_LINES:]]))
+        file = jobs.savedir(exp_dict) / (ERRORS if failed else LOGS)
+        print("\n".join([f"== {file}", *last_lines(file, LOG_LINES)]))
 
 
 def kill(jobs: "Jobs") -> None:

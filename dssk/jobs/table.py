@@ -3,6 +3,7 @@
 A table, written as results.csv and results.md, and the curves of loss and F1 as results.png.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ from dssk.config import experiment_id
 from dssk.errors import DsskError
 from dssk.jobs import slurm
 from dssk.jobs.states import COMPLETED, GONE, state_of
+from dssk.run_folder import newest_scores, read_experiment, read_job, read_metrics, read_status, run_folders
 from dssk.utils.files import publish, publish_text
 
 RESULTS = "results"
@@ -33,10 +35,11 @@ def write_table(savedir_base: Path) -> str:
 def find_experiments(savedir_base: Path) -> dict[Path, dict[str, Any]]:
     """Each experiment's folder and the experiment; a folder whose name is not its experiment's id is none."""
     found = {}
-    for file in sorted(savedir_base.glob("*/exp_dict.json")):
-        exp_dict = read_json(file)
-        if isinstance(exp_dict, dict) and experiment_id(exp_dict) == file.parent.name:
-            found[file.parent] = exp_dict
+    for savedir in run_folders(savedir_base):
+        with contextlib.suppress(DsskError):
+            exp_dict = read_experiment(savedir)
+            if experiment_id(exp_dict) == savedir.name:
+                found[savedir] = exp_dict
     if not found:
         raise DsskError(f"no experiment in {savedir_base}: want the --savedir_base of trainval.py")
     return found
@@ -46,7 +49,7 @@ def row_of(
     savedir: Path, exp_dict: dict[str, Any], experiments: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
     """What differs in this experiment, and how far it got."""
-    scores = best_scores(savedir)
+    scores = newest_scores(savedir).get("with_context", {})
     return {
         "exp_id": savedir.name[:8],
         **{key: exp_dict.get(key) for key in differing_keys(list(experiments.values()))},
@@ -67,48 +70,19 @@ def differing_keys(experiments: list[dict[str, Any]]) -> list[str]:
 
 def state(savedir: Path) -> str:
     """The state of the run: what Slurm says of its job, else the run's own last word in `status.json`."""
-    job = read_json(savedir / "job_dict.json") or {}
-    if job.get("job_scheduler") == "slurm":
-        try:
-            reported = slurm.get_job(None, job["job_id"])["state"]
+    with contextlib.suppress(DsskError):  # no Slurm on this machine, or a damaged record
+        job = read_job(savedir)
+        if job.get("job_scheduler") == "slurm":
+            reported = slurm.get_job(None, str(job.get("job_id")))["state"]
             if reported != GONE:
                 return state_of(reported)
-        except DsskError:
-            pass  # no Slurm on this machine
-    own = (read_json(savedir / "status.json") or {}).get("state", "unknown")
+    own = read_status(savedir).get("state", "unknown")
     return COMPLETED if own == "done" else str(own).upper()
-
-
-def best_scores(savedir: Path) -> dict[str, float]:
-    """EM and F1 with the right context, from the newest scores.json of the run or of one of its models."""
-    files = [*savedir.glob("scores.json"), *savedir.glob("*/scores.json")]
-    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    return ((read_json(newest) if newest else None) or {}).get("with_context", {})
-
-
-def metrics(savedir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut by a crash is left out."""
-    file = savedir / "metrics.jsonl"
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def last(savedir: Path, key: str) -> Any:
     """The newest value of a metric."""
-    return next((line[key] for line in reversed(metrics(savedir)) if key in line), None)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is absent or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    return next((line[key] for line in reversed(read_metrics(savedir)) if key in line), None)
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -129,6 +103,10 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -143,8 +121,10 @@ def plot(savedirs: list[Path], path: Path) -> None:
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for savedir in savedirs[:MAX_PLOTTED]:
         for title, names in CURVES.items():
-            lines = metrics(savedir)
-            points = [(line["step"], line[name]) for line in lines for name in names if name in line]
+            lines = read_metrics(savedir)
+            points = [
+                (line["step"], line[name]) for line in lines for name in names if _is_number(line.get(name))
+            ]
             if points:
                 curves.setdefault(title, {})[savedir.name[:8]] = sorted(points)
     if not curves:

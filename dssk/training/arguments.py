@@ -5,13 +5,28 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
 from dssk.training.deepspeed_config import load_deepspeed_config
 from dssk.training.flags import RunArgs
+from dssk.utils.flags import nearest
 
 MAX_LOADER_WORKERS = 4
+
+
+def check_loggers(report_to: str | None) -> None:
+    """Refuse a logger of `--report_to` that transformers does not know, or whose package is missing."""
+    known = sorted({*INTEGRATION_TO_CALLBACK, "all", "none"})
+    for name in report_to.split(",") if report_to else ():
+        if name not in known:
+            raise DsskError(
+                f"--report_to {name}: no such logger{nearest(name, known)}, want {', '.join(known)}"
+            )
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise DsskError(f"--report_to {name} needs its package: pip install {name}")
 
 
 def training_arguments(

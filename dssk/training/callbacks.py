@@ -6,15 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from dssk.errors import DsskError
+from dssk.run_folder import METRICS, split_metrics
 from dssk.utils.console import watched
 from dssk.utils.files import machine_faults, publish_text
 
-METRICS_FILE = "metrics.jsonl"
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval loss {:.4f}",
@@ -28,23 +29,24 @@ class MetricsFile(TrainerCallback):
     """Append everything that is logged to `metrics.jsonl`, one JSON object a line, whatever else logs it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Drop what was logged after the checkpoint that one resumes from: it is trained again."""
-        file = Path(args.output_dir) / METRICS_FILE
-        if state.is_world_process_zero and file.exists():
-            publish_text(file, "".join(line for line in file.open() if _is_until(line, state.global_step)))
+        """Drop what is damaged, and what was logged after the checkpoint that one resumes from: it is trained again."""
+        savedir = Path(args.output_dir)
+        if state.is_world_process_zero and (savedir / METRICS).exists():
+            lines, damaged = split_metrics(savedir)
+            if damaged > 1:  # one is what a process leaves that is killed
+                print(f"dssk: {damaged} damaged lines of {savedir / METRICS} are dropped", file=sys.stderr)
+            kept = (line for line in lines if line["step"] <= state.global_step)
+            publish_text(savedir / METRICS, "".join(map(_line, kept)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        file = Path(args.output_dir) / METRICS_FILE
+        file = Path(args.output_dir) / METRICS
         if state.is_world_process_zero and logs:
             with machine_faults(file), file.open("a") as lines:
-                lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                lines.write(_line({"step": state.global_step, **logs}))
 
 
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # the last line of a process that was killed
-        return False
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
 
 
 class FuseEvery(TrainerCallback):

@@ -1,13 +1,14 @@
 """DeepSpeed's configuration file, compared with the experiment before anything is loaded."""
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
+from dssk.utils.json_files import parse_json
+from dssk.utils.ranks import launched
 
 AUTO = "auto"
 
@@ -54,13 +55,11 @@ def check_deepspeed_config(path: str, cfg: ExperimentConfig, skip_steps: int) ->
 
 def read_json_object(path: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DsskError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DsskError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
+        config = parse_json(Path(path).read_bytes())
+    except OSError as error:
+        raise DsskError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DsskError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DsskError(f"{path} holds a {type(config).__name__}, want a JSON object")
     return config
@@ -68,7 +67,7 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 def expected(cfg: ExperimentConfig, skip_steps: int) -> dict[str, tuple[str, Any]]:
     """What each setting of the file must be, if it is given, and which key of the experiment says so."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched()
     rows = cfg.train_batch_size * skip_steps * ranks
     return {
         "train_micro_batch_size_per_gpu": ("train_batch_size", cfg.train_batch_size),

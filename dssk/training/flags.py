@@ -3,7 +3,15 @@
 Every flag survives being sent again as `--name value`, as a job scheduler does.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+from dssk.utils.ranks import launched
+
+RESET_FLAGS = ("-r", "--reset")
+COMMANDS = {"trainval.py": ["python", "trainval.py"], "dssk": ["dssk"]}  # how a user starts training
 
 DEFAULT_STEPS = 1_000
 DEFAULT_LOG_EVERY = 100
@@ -41,3 +49,17 @@ class RunArgs:
     dist_url: str | None
     local_rank: int
     overrides: list[str]
+
+
+def resuming_command(run: RunArgs) -> str:
+    """What goes on with a run that was stopped: the command of this process without its reset, or words for it."""
+    program = Path(sys.argv[0]).name
+    if launched() > 1 or program not in COMMANDS:
+        return "the same command goes on from there" + (", without -r 1" if run.reset else "")
+    words = list(sys.argv[1:])
+    for flag in RESET_FLAGS:
+        while flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    words = [word for word in words if not word.startswith(tuple(f"{flag}=" for flag in RESET_FLAGS))]
+    return f"{shlex.join([*COMMANDS[program], *words])} goes on from there"

@@ -8,7 +8,11 @@ from typing import Any
 from dssk.checkpoint import checkpoint_step, load_manifest, newest_checkpoint
 from dssk.config import ExperimentConfig
 from dssk.errors import DsskError
+from dssk.run_folder import differences
+from dssk.training.best import is_exhausted
 from dssk.training.flags import RunArgs
+from dssk.training.state import load_trainer_state
+from dssk.utils.ranks import launched
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Start:
     skipped: list[str]  # newer checkpoints that are not whole, and why
     skip_steps: int  # micro-batches accumulated by each rank
     facts: dict[str, Any]  # what the checkpoints to come were made from
+    finished: str = ""  # why there is nothing left to train; empty if there is
 
     @property
     def step(self) -> int:
@@ -27,27 +32,50 @@ class Start:
 
 
 def find_start(savedir: Path, run: RunArgs, cfg: ExperimentConfig, facts: dict[str, Any]) -> Start:
-    """Decide it on each rank, before any of them writes. Raises `DsskError` if a checkpoint does not fit.
+    """Decide it under the lock of the run's folder. Raises `DsskError` if a checkpoint does not fit.
 
     A launcher that restarts its ranks resumes, whatever `-r` says: the reset has happened.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if run.reset and not restarted:
         return Start(True, None, [], cfg.skip_steps, facts)
     checkpoint, skipped = newest_checkpoint(savedir)
     if checkpoint is None:
         return Start(False, None, skipped, cfg.skip_steps, facts)
     manifest = load_manifest(checkpoint)
+    _check_facts(checkpoint, manifest, facts, run)
+    finished = _finished(checkpoint, run, cfg)
+    return Start(False, checkpoint, skipped, _skip_steps(manifest, cfg), facts, finished)
+
+
+def _check_facts(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any], run: RunArgs) -> None:
     if changed := differences(manifest["experiment"], facts["experiment"]):
         raise DsskError(f"{checkpoint} is of another experiment: {changed}; -r 1 starts afresh")
     if manifest["data"] != facts["data"]:
         raise DsskError(f"{checkpoint} was trained on other data than {run.data_path}; -r 1 starts afresh")
-    return Start(False, checkpoint, skipped, _skip_steps(manifest, cfg), facts)
+    base = manifest.get("base_fingerprint")  # absent in what version 0.1 wrote
+    if base is not None and base != facts["base_fingerprint"]:
+        raise DsskError(
+            f"{checkpoint} was trained on another base: the weights of {facts['experiment']['model_path']} have "
+            "changed since; bring them back, or start afresh with -r 1"
+        )
+
+
+def _finished(checkpoint: Path, run: RunArgs, cfg: ExperimentConfig) -> str:
+    step = checkpoint_step(checkpoint)
+    if step >= run.steps:
+        return f"finished: step {step} of {run.steps}; more --steps go on from there, -r 1 starts afresh"
+    if is_exhausted(load_trainer_state(checkpoint)["log_history"], cfg.early_stopping_patience):
+        return (
+            f"finished: stopped early at step {step}, after {cfg.early_stopping_patience} evaluations that were no "
+            "better; -r 1 starts afresh"
+        )
+    return ""
 
 
 def _skip_steps(manifest: dict[str, Any], cfg: ExperimentConfig) -> int:
     """Micro-batches for each rank that keep the global batch of the checkpoint."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched()
     micro_batches = manifest["world_size"] * manifest["skip_steps"]
     if micro_batches % ranks:
         fitting = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
@@ -56,9 +84,3 @@ def _skip_steps(manifest: dict[str, Any], cfg: ExperimentConfig) -> int:
             f"{cfg.train_batch_size} rows a step: {ranks} ranks cannot share them evenly, want {' or '.join(fitting)}"
         )
     return micro_batches // ranks
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The keys whose values differ, with both values; empty if none does."""
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys)

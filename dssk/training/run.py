@@ -1,8 +1,6 @@
 """One training run, from an experiment to a fused model."""
 
 import contextlib
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,97 +11,99 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dssk.checkpoint import BEST, FINAL, latest_checkpoint
+from dssk.checkpoint import BEST, FINAL, checkpoint_step, latest_checkpoint, verify_checkpoint
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset, check_context_ids
-from dssk.errors import DamagedData, DsskError, Preempted
+from dssk.errors import DsskError, Preempted
 from dssk.hub.export import export
 from dssk.hub.publish import check_repository, publish
 from dssk.inference.auto import from_base, fused_config
+from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import load_base_config
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
+from dssk.run_folder import lock_file, move_aside, stored_experiment, write_experiment
 from dssk.store import verify
 from dssk.store.format import Manifest, check_model, load_manifest, load_rows
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
-from dssk.training.arguments import training_arguments
+from dssk.training.arguments import check_loggers, training_arguments
 from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
-from dssk.training.flags import RunArgs
-from dssk.training.resume import Start, differences, find_start
+from dssk.training.flags import RunArgs, resuming_command
+from dssk.training.resume import Start, find_start
 from dssk.training.status import reported
-from dssk.training.stopping import StopOnSignal, StopRequest
-from dssk.training.trainer import TRAINER_STATE_FILE, CrossAttnTrainer
+from dssk.training.stopping import LeaveTraining, StopEarly, StopOnSignal, StopRequest
+from dssk.training.trainer import CrossAttnTrainer
 from dssk.training.wandb_report import WandbReport, check_wandb
 from dssk.utils.console import quiet_libraries
-from dssk.utils.files import lock, make_folder, publish_json, remove_temps, size
+from dssk.utils.files import lock, make_folder, remove_temps, size
 from dssk.utils.flags import nearest
-
-EXP_DICT = "exp_dict.json"
+from dssk.utils.ranks import Ranks, launched
 
 
 def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     """Train the experiment that `run` names and leave checkpoints and the fused model in its folder."""
+    launched()  # refuses an environment that only looks like a launcher's
     exp_dict = choose_experiment(run, groups)
     cfg = parse_experiment(exp_dict)
     savedir = Path(run.savedir_base) / experiment_id(exp_dict)
     quiet_libraries()
     data = check_inputs(cfg, run)
-    check_wandb(run)
-    if run.push_to_hub:
-        check_repository(run.push_to_hub)
     if run.dry_run:
         print(estimate.report(cfg, run, exp_dict, data))
         return
-    start = find_start(savedir, run, cfg, {"experiment": exp_dict, "data": data.checksum})
-    arguments = training_arguments(cfg, run, savedir, start.skip_steps)  # joins the launcher's process group
-    verify.check(run.data_path, arguments.process_index, arguments.world_size)
-    with open_savedir(savedir, exp_dict, start.fresh), reported(savedir, arguments.process_index):
-        with StopRequest() as stop:
-            trainer = build_trainer(cfg, run, arguments, start.facts, stop)
-            say(describe(trainer, savedir, start))
-            if start.step < run.steps:
-                trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
-            if stop.obeyed_step is not None and stop.obeyed_step < run.steps:
-                raise Preempted(
-                    f"stopped at step {stop.obeyed_step}, saved: the same command goes on from there"
-                )
-        save_fused(trainer, savedir, run)
+    arguments = training_arguments(cfg, run, savedir, cfg.skip_steps)  # joins the launcher's process group
+    ranks = Ranks(arguments.process_index, arguments.world_size, arguments.local_process_index)
+    with only_writer(savedir, ranks):
+        verify.check(run.data_path, ranks.rank, ranks.size)
+        start = ranks.from_first(lambda: open_savedir(savedir, run, cfg, exp_dict, data))
+        if start.skip_steps != cfg.skip_steps:
+            arguments = training_arguments(cfg, run, savedir, start.skip_steps)
+        with reported(savedir, ranks.rank):
+            if start.finished:
+                say("\n".join([str(savedir), *start.skipped, start.finished]))
+            else:
+                train_from(start, cfg, run, arguments)
+            save_fused(savedir, run, ranks)
 
 
 def choose_experiment(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The stored experiment of `--exp_id`, or the first one of `--exp_group`, with the overrides of `--set`."""
+    """The stored experiment of `--exp_id`, or the first one of `--exp_group`; says so if there are others."""
+    first, *others = chosen_experiments(run, groups)
+    if others:
+        grid = sorted(key for key in first if any(other.get(key) != first[key] for other in others))
+        values = ", ".join(f"{key}={first[key]}" for key in grid)
+        say(
+            f"{run.exp_group} has {len(others) + 1} experiments: this trains the first ({values}); --set KEY=VALUE "
+            "chooses another, -j submits them all"
+        )
+    return first
+
+
+def chosen_experiments(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The experiments of `--exp_group`, with the overrides of `--set`, each once; or the stored one of `--exp_id`."""
     if run.exp_id is not None:
-        return stored_experiment(Path(run.savedir_base), run.exp_id)
+        return [stored_experiment(Path(run.savedir_base), run.exp_id)]
     if run.exp_group not in groups:
         raise DsskError(f"unknown experiment group {run.exp_group}{nearest(str(run.exp_group), groups)}")
-    return apply_overrides(expand_group(groups[run.exp_group])[0], run.overrides)
-
-
-def stored_experiment(savedir_base: Path, exp_id: str) -> dict[str, Any]:
-    """The experiment that a job was submitted for; its content must still hash to its id."""
-    if len(exp_id) != 32 or any(c not in "0123456789abcdef" for c in exp_id):
-        raise DsskError(f"--exp_id is {exp_id!r}, want 32 hexadecimal digits")
-    file = savedir_base / exp_id / EXP_DICT
-    try:
-        exp_dict = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise DsskError(f"no experiment {exp_id} in {savedir_base}: {file} is missing") from None
-    except ValueError as error:
-        raise DamagedData(f"{file} is not JSON: {error}") from error
-    if not isinstance(exp_dict, dict) or experiment_id(exp_dict) != exp_id:
-        raise DamagedData(f"{file} is not the experiment of id {exp_id}: it was changed after submission")
-    return exp_dict
+    experiments = [apply_overrides(e, run.overrides) for e in expand_group(groups[run.exp_group])]
+    if not experiments:
+        raise DsskError(f"the experiment group {run.exp_group} is empty")
+    return list({experiment_id(exp_dict): exp_dict for exp_dict in experiments}.values())
 
 
 def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
-    """Refuse what cannot work before anything is loaded: another model's encodings, an impossible layout.
+    """Refuse what cannot work before anything is loaded or made: another model's encodings, an impossible layout.
 
     Returns what is known of the data.
     """
+    check_wandb(run)
+    check_loggers(run.report_to)
+    if run.push_to_hub:
+        check_repository(run.push_to_hub)
     manifest = load_manifest(run.data_path)
     check_model(manifest, cfg.model_path)
     check_context_ids(cfg, load_tokenizer(cfg.model_path))
@@ -170,6 +170,8 @@ def build_trainer(
         score_answers=scorer,
     )
     trainer.remove_callback(PrinterCallback)  # Progress prints
+    if cfg.early_stopping_patience is not None:
+        trainer.add_callback(StopEarly(cfg.early_stopping_patience))
     if "every" in run.save_fused:
         trainer.add_callback(FuseEvery())
     if run.wandb_project_name:
@@ -189,60 +191,69 @@ def distinct_contexts(
 
 
 @contextlib.contextmanager
-def open_savedir(savedir: Path, exp_dict: dict[str, Any], fresh: bool) -> Iterator[None]:
-    """Make the run's folder and be the only run in it; with `fresh`, what was there is moved to `deleted/`."""
+def only_writer(savedir: Path, ranks: Ranks) -> Iterator[None]:
+    """Let this be the only run in a folder: the first rank holds its lock, which outlives a reset beside it."""
     with contextlib.ExitStack() as stack:
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                make_folder(savedir.parent)
-                stack.enter_context(lock(savedir.with_name(f".{savedir.name}.lock")))
-                if fresh and savedir.exists():
-                    move_aside(savedir)
-                make_folder(savedir)
-                remove_temps(savedir)
-                write_experiment(savedir / EXP_DICT, exp_dict)
+
+        def hold() -> None:
+            make_folder(savedir.parent)
+            stack.enter_context(lock(lock_file(savedir)))
+
+        ranks.from_first(hold)
         yield
 
 
-def move_aside(savedir: Path) -> None:
-    """Move a run to `deleted/`, under a name of its own."""
-    deleted = savedir.parent / "deleted"
-    deleted.mkdir(exist_ok=True)
-    name = f"{savedir.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    number = len(list(deleted.glob(f"{name}*")))
-    savedir.rename(deleted / (f"{name}-{number}" if number else name))
+def open_savedir(
+    savedir: Path, run: RunArgs, cfg: ExperimentConfig, exp_dict: dict[str, Any], data: Manifest
+) -> Start:
+    """Decide under the lock where to start, and make the run's folder. Nothing is made or moved before that."""
+    base = model_fingerprint(cfg.model_path, load_base_config(cfg.model_path))
+    facts = {"experiment": exp_dict, "data": data.checksum, "base_fingerprint": base}
+    start = find_start(savedir, run, cfg, facts)
+    if start.fresh:
+        move_aside(savedir)
+    make_folder(savedir)
+    remove_temps(savedir)
+    write_experiment(savedir, exp_dict)
+    return start
 
 
-def write_experiment(file: Path, exp_dict: dict[str, Any]) -> None:
-    """Keep the experiment beside its checkpoints; one that is there already must be the same."""
-    if not file.exists():
-        publish_json(file, exp_dict)
-        return
-    try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise DamagedData(f"{file} is not JSON: {error}") from error
-    if stored != json.loads(json.dumps(exp_dict)):
-        raise DsskError(f"{file} is another experiment: {differences(stored, exp_dict)}")
+def train_from(start: Start, cfg: ExperimentConfig, run: RunArgs, arguments: TrainingArguments) -> None:
+    """Train from `start` to the last step, or until a stop is asked for: then everything is saved."""
+    with StopRequest() as stop:
+        trainer = build_trainer(cfg, run, arguments, start.facts, stop)
+        say(describe(trainer, Path(arguments.output_dir), start))
+        with contextlib.suppress(LeaveTraining):
+            trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+    if stop.obeyed_step is not None and stop.obeyed_step < run.steps:
+        raise Preempted(f"stopped at step {stop.obeyed_step}, saved: {resuming_command(run)}")
 
 
-def save_fused(trainer: CrossAttnTrainer, savedir: Path, run: RunArgs) -> None:
+def save_fused(savedir: Path, run: RunArgs, ranks: Ranks) -> None:
     """Write the fused models that `--save_fused` asks for, from the checkpoints, on one process."""
-    if trainer.args.should_save:
+    if ranks.rank == 0:
         unset_hf_deepspeed_config()  # with ZeRO-3's, loading a model would wait for the other ranks
         last = latest_checkpoint(savedir)
         assert last is not None  # training ends with a checkpoint
         wanted = run.save_fused.split(",")
-        best = json.loads((last / TRAINER_STATE_FILE).read_text())["best_global_step"]
+        best = state.load_trainer_state(last)["best_global_step"]
         if "final" in wanted:
-            export(last, savedir / FINAL)
+            fuse(last, savedir / FINAL)
         if "best" in wanted and best:
-            export(savedir / f"checkpoint-{best}", savedir / BEST)
+            fuse(savedir / f"checkpoint-{best}", savedir / BEST)
         made = [name for name in (FINAL, BEST) if (savedir / name).is_dir()]
         say(f"{savedir} ({', '.join([last.name, *made])})")
         if run.push_to_hub:
             say(publish(savedir, run.push_to_hub, data_path=run.data_path))
-    trainer.accelerator.wait_for_everyone()
+    ranks.wait()
+
+
+def fuse(checkpoint: Path, output: Path) -> None:
+    """Write the fused model of a checkpoint, unless it is there and whole."""
+    with contextlib.suppress(DsskError):
+        if verify_checkpoint(output).get("step") == checkpoint_step(checkpoint):
+            return
+    export(checkpoint, output)
 
 
 def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:

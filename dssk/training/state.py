@@ -9,7 +9,6 @@ checkpoint never depends on how weights and moments were laid out:
     trainer_state.json      transformers' own: step, epoch, best metric, log history
 """
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dssk.models.modeling import WEIGHTS_FILE, is_cross_attn
+from dssk.checkpoint import WEIGHTS_FILE
+from dssk.models.modeling import is_cross_attn
+from dssk.utils.json_files import read_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+LOW_BITS = 0xFFFF  # of a number in fp32, those that bfloat16 lacks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,13 +63,48 @@ def _smallest(tensor: torch.Tensor) -> torch.Tensor:
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
-@torch.no_grad()
-def round_moments(optimizer: torch.optim.Optimizer, *step_arguments: Any) -> None:
-    """Round the moments of each weight to bfloat16 after a step: a third less of every checkpoint, and still exact."""
-    for state in optimizer.state.values():
-        for moment in state.values():
-            if torch.is_tensor(moment) and moment.dim():
-                moment.copy_(moment.to(torch.bfloat16))
+class MomentRounding:
+    """Rounds AdamW's moments to bfloat16 after each step, stochastically: checkpoints are a third smaller, and exact.
+
+    bfloat16 has 8 bits. To the nearest, a change of a moment by less than 1/512 of it, as with beta2 = 0.998, would
+    always be lost, and the moment stand still; a value is rounded up or down in proportion to what it is nearer to,
+    so the expected moment is the exact one. The noise is decided by seed and step alone: a run that is resumed draws
+    the same. One vector of it serves all weights of a step, so their roundings are not independent of each other.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, *step_arguments: Any) -> None:
+        states = [state for state in optimizer.state.values() if state]
+        moments = [[_local(t) for t in state.values() if torch.is_tensor(t) and t.dim()] for state in states]
+        if not moments:
+            return
+        noise = self._noise(int(states[0]["step"]), max(m[0].numel() for m in moments), moments[0][0].device)
+        for first, second in moments:
+            bits = noise[: first.numel()].view(first.shape)
+            _round_stochastically(first, bits & LOW_BITS)
+            _round_stochastically(second, (bits >> 16) & LOW_BITS)
+
+    def _noise(self, step: int, count: int, device: torch.device) -> torch.Tensor:
+        """`count` random 32-bit numbers, as int32."""
+        mixed = (
+            xxhash.xxh3_64_intdigest(f"{self.seed} {step}".encode()) >> 1
+        )  # a CPU's generator takes 32 bits of it
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.randint(-(2**31), 2**31, (count,), generator=generator, device=device, dtype=torch.int32)
+
+
+def _round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> None:
+    """Round fp32 values to bfloat16 in place; `noise` is uniform in 0 .. 2^16 - 1, the bits that bfloat16 lacks."""
+    bits = values.view(torch.int32)
+    bits.add_(noise).bitwise_and_(~LOW_BITS)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_run_state(trainer: Any) -> dict[str, Any]:
@@ -103,7 +142,12 @@ def restore(trainer: Any, folder: Path) -> None:
 
 
 def load_run_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE_FILE).read_text())
+    return read_json(folder / STATE_FILE, dict)
+
+
+def load_trainer_state(folder: Path) -> dict[str, Any]:
+    """transformers' own state: step, best evaluation, log history."""
+    return read_json(folder / TRAINER_STATE_FILE, dict)
 
 
 def restore_rank(trainer: Any, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """`status.json`: how a run stands, for whoever cannot see its exit code (torchrun turns every code into 1)."""
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -9,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dssk.errors import DsskError, Preempted
+from dssk.run_folder import STATUS, read_status
 from dssk.utils.files import publish_json
 
-STATUS_FILE = "status.json"
+INTERRUPTED_CODE = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 @contextlib.contextmanager
@@ -21,24 +21,19 @@ def reported(savedir: Path, rank: int) -> Iterator[None]:
         _write(savedir, rank, "running")
     try:
         yield
-    except Preempted as stop:
+    except (Preempted, KeyboardInterrupt) as stop:
         if rank == 0:
-            _write(savedir, rank, "preempted", stop.exit_code, str(stop))
+            code = stop.exit_code if isinstance(stop, Preempted) else INTERRUPTED_CODE
+            _write(savedir, rank, "preempted", code, str(stop) or "interrupted")
         raise
     except BaseException as error:
-        if _failed(savedir):
+        if read_status(savedir).get("state") == "failed":
             raise  # the first rank to fail knows the reason, the others only miss it
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 1)
         _write(savedir, rank, "failed", code, str(error) if isinstance(error, DsskError) else repr(error))
         raise
     if rank == 0:
         _write(savedir, rank, "done", 0)
-
-
-def _failed(savedir: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((savedir / STATUS_FILE).read_text())["state"] == "failed"
-    return False
 
 
 def _write(savedir: Path, rank: int, state: str, code: int | None = None, reason: str | None = None) -> None:
@@ -52,4 +47,4 @@ def _write(savedir: Path, rank: int, state: str, code: int | None = None, reason
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     with contextlib.suppress(OSError, DsskError):  # a full disk must not hide why the run ended
-        publish_json(savedir / STATUS_FILE, status)
+        publish_json(savedir / STATUS, status)

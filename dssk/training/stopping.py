@@ -1,37 +1,51 @@
-"""Being stopped from outside: a scheduler sends SIGTERM, and all ranks save the same step."""
+"""Being stopped: by a scheduler's SIGTERM, by Ctrl-C, or by evaluations that get no better."""
 
 import signal
+import sys
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from dssk.training.best import is_exhausted
+from dssk.utils.ranks import launched
 
-class EvaluationStopped(Exception):
-    """An evaluation was left for a stop; it is due again after resuming."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class LeaveTraining(Exception):
+    """Training is left within an evaluation; all is saved, and what is missing of it is due after resuming."""
 
 
 class StopRequest:
-    """Whether SIGTERM came, to any rank.
+    """Whether SIGTERM or SIGINT (Ctrl-C) came, to any rank.
 
     The handler only notes it; saving happens where the training loop is between two steps. Further SIGTERMs change
-    nothing: schedulers and torchrun send several for one stop, and SIGKILL follows if saving takes too long.
+    nothing: schedulers and torchrun send several for one stop, and SIGKILL follows if saving takes too long. A second
+    Ctrl-C in a process without a launcher leaves at once: there only a person sends it twice.
     """
 
     def __init__(self) -> None:
         self.received = False
         self.obeyed_step: int | None = None  # the step that was saved because of it
         self._group: distributed.ProcessGroup | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and launched() == 1:
+            if self.received:
+                raise KeyboardInterrupt
+            print("dssk: saving after this step; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
         self.received = True
 
     def agreed(self) -> bool:
@@ -59,4 +73,15 @@ class StopOnSignal(TrainerCallback):
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.request.agreed():
             self.request.obeyed_step = state.global_step
-            raise EvaluationStopped
+            raise LeaveTraining
+
+
+class StopEarly(TrainerCallback):
+    """End once `patience` evaluations in a row were no better than the best before them; its checkpoint is saved."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if is_exhausted(state.log_history, self.patience):
+            control.should_training_stop = True

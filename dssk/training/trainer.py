@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from dssk.checkpoint import rotate, write_checkpoint
 from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
 from dssk.training import state
+from dssk.training.best import best_evaluation
 from dssk.training.sampler import EpochSampler, text_lengths
-from dssk.training.stopping import EvaluationStopped
+from dssk.training.stopping import LeaveTraining
 from dssk.utils.files import publish_json
 
-TRAINER_STATE_FILE = "trainer_state.json"
 MAX_ROWS_NAMED = 8
 
 
@@ -25,7 +25,9 @@ class CrossAttnTrainer(Trainer):
     """Trainer for a `CrossAttnForCausalLM`.
 
     `facts` go into each checkpoint's manifest. `score_answers` is called in evaluation, on all ranks, and adds to
-    the metrics; the best checkpoint is the one with the highest `eval_f1`, and without that the lowest `eval_loss`.
+    the metrics; `best.best_evaluation` says which checkpoint is the best one.
+
+    `train` ends by `LeaveTraining` if an evaluation was stopped; all is saved then.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class CrossAttnTrainer(Trainer):
         self._logged_seconds = 0.0
         lengths = text_lengths(self.train_dataset) if cfg.group_by_length else None
         self.sampler = EpochSampler(len(self.train_dataset), self.global_batch, cfg.seed, lengths)
+        self._resumed: Path | None = None  # a checkpoint whose random numbers are still to be put back
+        self.add_callback(_Position(self))
 
     @property
     def global_batch(self) -> int:
@@ -64,22 +68,11 @@ class CrossAttnTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         return self.sampler
 
-    def _run_epoch(self, *, epoch: int, **kwargs) -> None:
-        self.sampler.set_epoch(epoch)
-        self.train_dataset.set_epoch(epoch)
-        if self.evaluation_due:
-            try:
-                self._evaluate_and_rank()
-            except EvaluationStopped:  # the checkpoint that one resumed from says all there is to say
-                self.control.should_training_stop = True
-                return
-        super()._run_epoch(epoch=epoch, **kwargs)
-
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Trainer's own smoother does not shift the labels of models it does not know.
         smoothing = self.cfg.label_smoothing_factor if model.training else 0.0
         return super().compute_loss(
-            model, {**inputs, "label_smoothing": smoothing, "skip_logits": True}, *args, **kwargs
+            model, {**inputs, "smoothing": smoothing, "skip_logits": True}, *args, **kwargs
         )
 
     def get_batch_samples(self, *args, **kwargs):
@@ -141,24 +134,29 @@ class CrossAttnTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.cfg.adam_moments == "bf16":
-            optimizer.register_step_post_hook(state.round_moments)
+            optimizer.register_step_post_hook(state.MomentRounding(self.cfg.seed))
         return optimizer
 
     # --- evaluation
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except EvaluationStopped:
-            self.evaluation_due = True
-            self.control.should_evaluate = self.control.should_save = False
-            self.control.should_training_stop = True
-            self._save_checkpoint(model, trial)
-
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # Whether and when one evaluates leaves no trace in the random numbers of training.
-        with self._timed("evaluation"), torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+        try:
+            with self._timed("evaluation"), torch.random.fork_rng():
+                return super().evaluate(*args, **kwargs)
+        except LeaveTraining:
+            if not self.evaluation_due:  # else the checkpoint that one resumed from says all there is to say
+                self.evaluation_due = True
+                self._save_checkpoint(self.model, None)
+            raise
+
+    def make_up_evaluation(self) -> None:
+        """Make the evaluation that the last start was stopped in."""
+        self._evaluate(None, None)
+        self.evaluation_due = False
+        if self.control.should_training_stop:  # no better than those before it
+            self._save_checkpoint(self.model, None)
+            raise LeaveTraining
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -166,19 +164,6 @@ class CrossAttnTrainer(Trainer):
             scores = self.score_answers(self)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
-
-    def _evaluate_and_rank(self) -> None:
-        self._determine_best_metric(self._evaluate(None, None), None)
-        self.evaluation_due = False
-
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        """Find the best evaluation so far; the first of equals."""
-        name = "eval_f1" if "eval_f1" in metrics else "eval_loss"
-        seen = [entry for entry in self.state.log_history if name in entry]
-        best = max(seen, key=lambda e: (e.get("eval_f1", 0.0), -e["eval_loss"]))
-        is_new = self.state.best_global_step != best["step"]
-        self.state.best_global_step, self.state.best_metric = best["step"], best[name]
-        return is_new
 
     # --- checkpoints
 
@@ -188,29 +173,39 @@ class CrossAttnTrainer(Trainer):
 
     def _collect_and_write(self) -> None:
         self.store_flos()
-        weights = state.gather_weights(self)
-        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        weights, moments = state.gather_weights(self), state.gather_optimizer(self)
+        run_state = state.gather_run_state(self)
+        if bad := [name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()]:
             raise Diverged(
                 f"{bad[0]} is not finite after step {self.state.global_step}: no checkpoint of it is written; lower "
                 "the learning rate, or use bf16 in place of fp16"
             )
-        moments, run_state = state.gather_optimizer(self), state.gather_run_state(self)
         if self.args.should_save:
             self._write_checkpoint(weights, moments, run_state)
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, weights, moments, run_state) -> None:
         savedir = Path(self.args.output_dir)
-        best = savedir / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-        self.state.best_model_checkpoint = best and str(best)
+        best = self._note_best(savedir)
         num_bytes = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()])
         folder = savedir / f"checkpoint-{self.state.global_step}"
         with write_checkpoint(folder, self._facts(), num_bytes) as write:
             write.model(self.unwrapped_model, self.processing_class, weights)
             write.tensors(state.OPTIMIZER_FILE, moments)
             publish_json(folder / state.STATE_FILE, run_state)
-            self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+            self.state.save_to_json(str(folder / state.TRAINER_STATE_FILE))
         rotate(savedir, self.keep_checkpoints, best)
+
+    def _note_best(self, savedir: Path) -> Path | None:
+        """Say in transformers' state which evaluation was the best; returns its checkpoint."""
+        best = best_evaluation(self.state.log_history)
+        if best is None:
+            return None
+        folder = savedir / f"checkpoint-{best['step']}"
+        self.state.best_global_step = best["step"]
+        self.state.best_metric = best.get("eval_f1", best["eval_loss"])
+        self.state.best_model_checkpoint = str(folder)
+        return folder
 
     def _facts(self) -> dict[str, Any]:
         counts = {"world_size": self.args.world_size, "skip_steps": self.args.gradient_accumulation_steps}
@@ -225,18 +220,37 @@ class CrossAttnTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Weights are restored with everything else, when all engines have wrapped the model."""
 
-    def _init_training_state(self, max_steps, *args):
-        epoch_and_batch = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)  # of this call, not of the checkpoint
-        return epoch_and_batch
-
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
-            state.restore(self, Path(resume_from_checkpoint))
+            self._resumed = Path(resume_from_checkpoint)
+            state.restore(self, self._resumed)
         return prepared
 
-    def _load_rng_state(self, checkpoint) -> None:
-        # The loop calls this once, after it has skipped the batches that were trained on already.
-        if checkpoint is not None:
-            state.restore_rank(self, Path(checkpoint))
+    def restore_rank(self) -> None:
+        """Put back the random numbers and the running loss of a checkpoint, once."""
+        if self._resumed is not None:
+            state.restore_rank(self, self._resumed)
+            self._resumed = None
+
+
+class _Position(TrainerCallback):
+    """Tells the trainer where in its rows it is, and makes up for what the last start was stopped in."""
+
+    def __init__(self, trainer: CrossAttnTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # of this call, not of the checkpoint
+        if self.trainer.evaluation_due:
+            self.trainer.make_up_evaluation()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch, step = divmod(state.global_step, self.trainer.sampler.steps_per_epoch)
+        self.trainer.sampler.set_epoch(epoch)
+        self.trainer.train_dataset.set_epoch(epoch)
+        if step == 0:  # what comes next draws random numbers
+            self.trainer.restore_rank()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_rank()  # in the middle of an epoch: batches that were trained on have been skipped

@@ -5,7 +5,6 @@ Training never waits for it: the server is asked first, for a few seconds, and e
 """
 
 import importlib.util
-import json
 import os
 import secrets
 import sys
@@ -18,12 +17,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dssk.errors import DsskError
+from dssk.run_folder import WANDB, read_wandb
 from dssk.training.answers import AnswerScorer
 from dssk.training.flags import RunArgs
 from dssk.utils.files import publish_json
 from dssk.utils.wandb_key import find_key
 
-RUN_FILE = "wandb.json"
 ANSWER_SECONDS = 4
 MAX_TABLE_ROWS = 32
 
@@ -93,10 +92,10 @@ def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any
     """Start or continue the wandb run of a run's folder; `where` has its entity, project and name."""
     import wandb
 
-    file = savedir / RUN_FILE
-    earlier = file.exists()
-    run_id = json.loads(file.read_text())["id"] if earlier else secrets.token_hex(4)
-    publish_json(file, {"id": run_id, **where})  # all starts share the id, and the report needs to find it
+    earlier = read_wandb(savedir).get("id")
+    run_id = earlier or secrets.token_hex(4)
+    # All starts share the id, and the report needs to find it.
+    publish_json(savedir / WANDB, {"id": run_id, **where})
     mode = wandb_mode()
     if mode == "offline" and earlier:
         warn("an offline wandb run cannot be continued: a new piece of it is kept, `wandb sync` joins them")
@@ -124,17 +123,17 @@ def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any
 
 def log_report(savedir: Path, page: Path, images: Sequence[Path]) -> None:
     """Add a report and its figures to the wandb run of a run's folder; does nothing if training logged to none."""
-    file = savedir / RUN_FILE
-    if not file.exists():
+    stored = read_wandb(savedir)
+    if not stored:
         return
     if importlib.util.find_spec("wandb") is None:
         warn("wandb is not installed: the report is not logged there (pip install wandb)")
         return
     import wandb
 
-    where = {key: json.loads(file.read_text()).get(key) for key in ("entity", "project", "name")}
+    where = {key: stored.get(key) for key in ("entity", "project", "name")}
     if where["project"] is None:
-        warn(f"the report is not logged to W&B: {file} does not say to which project")
+        warn(f"the report is not logged to W&B: {savedir / WANDB} does not say to which project")
         return
     run = start_run(savedir, where)
     pictures = {f"report/{image.stem}": wandb.Image(str(image)) for image in images}

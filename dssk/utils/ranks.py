@@ -50,7 +50,9 @@ def launched() -> int:
     """How many processes a launcher started, from WORLD_SIZE; 1 without a launcher."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise DsskError(f"WORLD_SIZE is {text!r}, want the number of processes: torchrun sets it, or unset it")
+        raise DsskError(
+            f"WORLD_SIZE is {text!r}, want the number of processes: torchrun sets it, or unset it"
+        )
     if int(text) > 1:
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:

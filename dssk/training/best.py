@@ -1,0 +1,27 @@
+"""Which evaluation of a run was its best, and for how many there has been none better."""
+
+from typing import Any
+
+History = list[dict[str, Any]]  # what transformers' TrainerState keeps of all that was logged
+
+
+def evaluations(history: History) -> History:
+    """The evaluations in a history, oldest first."""
+    return [entry for entry in history if "eval_loss" in entry]
+
+
+def best_evaluation(history: History) -> dict[str, Any] | None:
+    """The evaluation of the highest F1, among equals (or without F1) of the lowest loss; the first of equals."""
+    return max(evaluations(history), key=lambda e: (e.get("eval_f1", 0.0), -e["eval_loss"]), default=None)
+
+
+def evaluations_since_best(history: History) -> int:
+    """How many evaluations came after the best one."""
+    seen = evaluations(history)
+    best = best_evaluation(history)
+    return 0 if best is None else len(seen) - 1 - seen.index(best)
+
+
+def is_exhausted(history: History, patience: int | None) -> bool:
+    """Whether `patience` evaluations in a row have been no better than one before them; None: never."""
+    return patience is not None and evaluations_since_best(history) >= patience
