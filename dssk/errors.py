@@ -7,6 +7,9 @@ Anything else is our own bug and keeps its traceback (exit code 1).
 import sys
 from collections.abc import Callable
 
+MAX_MESSAGE_CHARACTERS = 600
+_OMISSION = " ... "
+
 
 class DsskError(Exception):
     """A mistake in usage, configuration, data or model: running the same command again will not help."""
@@ -44,12 +47,21 @@ class Preempted(DsskError):
     exit_code = 75
 
 
+def short(value: object, max_characters: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """Anything as one printable line: control characters are escaped, and the middle of a long text is left out."""
+    text = str(value)
+    if len(text) > max_characters:  # what to do stands at the end
+        tail = (max_characters - len(_OMISSION)) // 2
+        text = text[: max_characters - len(_OMISSION) - tail] + _OMISSION + text[-tail:]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the process's exit code; a `DsskError` becomes one line on standard error."""
     try:
         return main() or 0
     except DsskError as error:
-        print(f"dssk: error: {error}", file=sys.stderr)
+        print(f"dssk: error: {short(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dssk: interrupted", file=sys.stderr)

@@ -9,16 +9,28 @@ one is continued by the same command.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dssk.utils.defaults import STORAGE_DTYPES
-from dssk.utils.flags import Parser, bool_flag, optional_str, positive_int
+from dssk.utils.flags import Parser, bool_flag, count, optional_str, positive_int
+
+if TYPE_CHECKING:
+    from dssk.data.preprocess import Request
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from dssk.data.preprocess import preprocess
 
-    preprocess(args)
+    preprocess(to_request(args))
+
+
+def to_request(args: argparse.Namespace) -> "Request":
+    """What the flags ask for; `toy` is a data set that is made on the spot."""
+    from dssk.data.preprocess import Request
+    from dssk.research import toy
+
+    return Request(**vars(args), makers={"toy": toy.splits})
 
 
 def build_parser() -> Parser:
@@ -49,7 +61,7 @@ def build_parser() -> Parser:
         type=_fraction,
         default=0.05,
         metavar="SHARE",
-        help="share of rows for val if there is no val",
+        help="share of rows for val if there is no val; 0: train on all",
     )
     data.add_argument(
         "--max_examples",
@@ -58,13 +70,21 @@ def build_parser() -> Parser:
         help="most usable rows to read of each split (all)",
     )
     data.add_argument(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="OURS=THEIRS,...",
+        help="names of the columns that stand for id, title, context, question and answer, such as "
+        "context=passage,answer=answers.text (their own)",
+    )
+    data.add_argument(
         "--skip_bad_rows",
-        type=int,
+        type=count,
         default=0,
         metavar="ROWS",
         help="malformed rows to leave out before giving up",
     )
-    data.add_argument("--seed", type=int, default=0, help="of the toy data set")
+    data.add_argument("--seed", type=count, default=0, metavar="SEED", help="of the toy data set")
 
     work = parser.add_argument_group("the encoding")
     work.add_argument(
@@ -115,7 +135,17 @@ def build_parser() -> Parser:
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a number between 0 and 1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a number from 0 to below 1")
     return value
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.split("=") for pair in text.split(",") if pair]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want OURS=THEIRS,... such as context=passage")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}

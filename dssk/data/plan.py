@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.data import sources
+from dssk.data.readers import BadRow, RawRow
+from dssk.data.schemas import Dropped, UnknownFields, to_qa
 from dssk.errors import DsskError
 from dssk.store import format as store
 from dssk.utils import files
@@ -58,19 +59,39 @@ class Tally:
 
     def __init__(self, max_bad_rows: int):
         self.read = 0
+        self.num_bad_rows = 0
         self.dropped: Counter[str] = Counter()
-        self.bad_rows: list[str] = []
         self.max_bad_rows = max_bad_rows
+        self.has_unknown_fields = False
+        self._places: dict[str, list[str]] = {}
+
+    def add_bad_row(self, place: str, fault: BadRow) -> None:
+        self.num_bad_rows += 1
+        self.has_unknown_fields |= isinstance(fault, UnknownFields)
+        if self.num_bad_rows <= max(self.max_bad_rows, _SHOWN_BAD_ROWS):  # a file may be nothing but these
+            self._places.setdefault(str(fault), []).append(place)
+
+    @property
+    def bad_rows(self) -> list[str]:
+        """Place and fault of each, as far as they are allowed."""
+        return [f"{place}: {fault}" for fault, places in self._places.items() for place in places]
 
     def check(self, name: str) -> None:
         """Raise `DsskError` if more rows than allowed were malformed."""
-        if len(self.bad_rows) > self.max_bad_rows:
-            shown = "; ".join(self.bad_rows[:_SHOWN_BAD_ROWS])
-            more = "; ..." if len(self.bad_rows) > _SHOWN_BAD_ROWS else ""
-            raise DsskError(
-                f"{len(self.bad_rows)} of {self.read} rows of {name} cannot be used: {shown}{more}: mend them or pass "
-                f"--skip_bad_rows {len(self.bad_rows)}"
-            )
+        if self.num_bad_rows <= self.max_bad_rows:
+            return
+        shown = dict(islice(self._places.items(), _SHOWN_BAD_ROWS))
+        faults = "; ".join(
+            f"{', '.join(places[:_SHOWN_BAD_ROWS])}: {fault}" for fault, places in shown.items()
+        )
+        more = "; ..." if self.num_bad_rows > _SHOWN_BAD_ROWS else ""
+        wanted = (
+            "want context, question and answer, or name them as in --columns context=passage,answer=answers; "
+        )
+        raise DsskError(
+            f"{self.num_bad_rows} of {self.read} rows of {name} cannot be used: {faults}{more}: "
+            f"{wanted if self.has_unknown_fields else ''}mend them or pass --skip_bad_rows {self.num_bad_rows}"
+        )
 
 
 def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -> list[list[int]]:
@@ -82,20 +103,20 @@ def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -
 # --- first pass: stage sound rows -------------------------------------------------------------------------------
 
 
-def stage_rows(path: Path, rows: Iterable[sources.RawRow], max_examples: int | None, tally: Tally) -> None:
+def stage_rows(path: Path, rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> None:
     """Write the usable rows, at most `max_examples`, to the Arrow file `path`."""
     store.write_table(path, _ROW_SCHEMA, _batches(_usable(rows, max_examples, tally), _ROW_SCHEMA))
 
 
-def _usable(rows: Iterable[sources.RawRow], max_examples: int | None, tally: Tally) -> Iterator[tuple]:
+def _usable(rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> Iterator[tuple]:
     num_usable = 0
     for row in tqdm(rows, desc="reading", unit=" rows", disable=None, mininterval=1):
         tally.read += 1
         try:
-            qa = sources.to_qa(row)
-        except sources.BadRow as error:
-            tally.bad_rows.append(f"{row.place}: {error}")
-        except sources.Dropped as error:
+            qa = to_qa(row)
+        except BadRow as error:
+            tally.add_bad_row(row.place, error)
+        except Dropped as error:
             tally.dropped[str(error)] += 1
         else:
             yield qa
@@ -147,10 +168,8 @@ def make_plan(
         folder / STAGING / CONTEXT_TOKENS, _CONTEXT_SCHEMA, contexts.shards(numbering.contexts())
     )
     for split in store.SPLITS:
-        if not numbering.kept[split]:
-            raise DsskError(
-                f"0 usable rows in {split}, of {tally.read} rows read ({describe(tally.dropped)})"
-            )
+        if not numbering.kept[split] and (split != "val" or val_fraction):
+            raise DsskError(_no_rows(split, numbering, tally))
         source = staged.get(split) or staged["all"]
         _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
     plan = Plan(
@@ -171,6 +190,17 @@ def make_plan(
     for path in staged.values():
         files.remove(path)
     return plan
+
+
+def _no_rows(split: str, numbering: "_Numbering", tally: Tally) -> str:
+    kept = {name: len(rows) for name, rows in numbering.kept.items() if rows}
+    counted = f"0 usable rows in {split}, of {tally.read} rows read ({describe(tally.dropped)})"
+    if not kept or not numbering.divides:
+        return f"{counted}: give rows of context, question and answer for both splits"
+    return (
+        f"{counted}: all {sum(kept.values())} are about one document, which is never divided: pass --val_fraction 0 to "
+        "train on it without val, or --val_dataset"
+    )
 
 
 def load_plan(folder: Path) -> Plan | None:
@@ -198,7 +228,9 @@ class _Numbering:
     def __init__(self, staged: dict[str, Path], val_fraction: float, tally: Tally):
         self._staged = staged
         self._tally = tally
-        self._val_documents = _choose_documents(staged["all"], val_fraction) if "all" in staged else set()
+        self.divides = "all" in staged
+        """Whether the rows come without splits."""
+        self._val_documents = _choose_documents(staged["all"], val_fraction) if self.divides else set()
         self.kept = {split: _Kept() for split in store.SPLITS}
 
     def contexts(self) -> Iterator[str]:
@@ -316,7 +348,7 @@ def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) 
 def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:
     """Rows of `store.QUESTION_FEATURES`."""
     numbers = iter(zip(kept.indices, kept.numbers, strict=True))
-    wanted, number = next(numbers)
+    wanted, number = next(numbers, (-1, 0))
     for index, row in enumerate(_staged(path)):
         if index == wanted:
             answers = row["answers"]

@@ -1,21 +1,24 @@
 """Preprocessing: from a base model and raw rows to a finished store, which an interrupted run goes on with."""
 
-import argparse
 import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from huggingface_hub import get_token
-from transformers import GPTBigCodeConfig
+from transformers import PreTrainedConfig
 
 from dssk import prompts
 from dssk.data import plan as planning
 from dssk.data import sources
 from dssk.data.encode import Job, encode_shards
-from dssk.errors import DsskError
-from dssk.inference.base import load_base_config
+from dssk.errors import DsskError, short
 from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
+from dssk.inference.loading import load_base_config
 from dssk.inference.tokenizer import load_tokenizer
+from dssk.models.shapes import window
 from dssk.store import format as store
 from dssk.utils import files, ranks
 from dssk.utils.console import quiet_libraries
@@ -23,14 +26,66 @@ from dssk.utils.console import quiet_libraries
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def preprocess(args: argparse.Namespace) -> None:
-    """Do what the flags of `dssk preproc` say, as one process or as a rank of torchrun's."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `dssk preproc` is asked for; its flags say what each means and what is taken if none is given."""
+
+    embedding_model: str
+    revision: str | None
+    dtype: str
+    dataset: str
+    dataset_revision: str | None
+    split: str | None
+    val_dataset: str | None
+    val_fraction: float
+    max_examples: int | None
+    columns: Mapping[str, str]
+    skip_bad_rows: int
+    seed: int
+    maximum_input_length: int
+    batch_size: int
+    batch_tokens: int
+    num_proc: int
+    data_cache_path: Path
+    storage_dtype: store.StorageDtype
+    text_only: bool
+    shard_rows: int
+    makers: Mapping[str, sources.Maker] = field(default_factory=dict)
+    """Data sets that are made on the spot, by name."""
+
+    def source(self) -> sources.Source:
+        return sources.Source(
+            dataset=self.dataset,
+            revision=self.dataset_revision,
+            split=self.split,
+            val_dataset=self.val_dataset,
+            val_fraction=self.val_fraction,
+            max_examples=self.max_examples,
+            columns=self.columns,
+            seed=self.seed,
+            makers=self.makers,
+        )
+
+    def folder(self) -> Path:
+        """Where the store goes: it has the name of the model."""
+        model = self.embedding_model
+        name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model.rpartition("/")[2]
+        if name in ("", ".", ".."):
+            raise DsskError(
+                f"--embedding_model {short(model, 100)} has no name of its own to call the result by: give the "
+                "model's folder, or its name on the Hub"
+            )
+        return self.data_cache_path / "processed_data" / name
+
+
+def preprocess(request: Request) -> None:
+    """Do what is asked for, as one process or as a rank of torchrun's."""
     quiet_libraries()
     with ranks.join() as team, contextlib.ExitStack() as locks:
-        job = team.from_first(lambda: prepare(args, locks, team))
+        job = team.from_first(lambda: prepare(request, locks, team))
         if job is None:
             return
-        encode_shards(job, team, args.num_proc)
+        encode_shards(job, team, request.num_proc)
         team.wait()
         if team.rank == 0:
             _report(job.folder, _finish(job))
@@ -39,21 +94,13 @@ def preprocess(args: argparse.Namespace) -> None:
 # --- before anything is encoded ---------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.Ranks) -> Job | None:
+def prepare(request: Request, locks: contextlib.ExitStack, team: ranks.Ranks) -> Job | None:
     """Check everything, lock the folder, and plan what is to be encoded; None if it all exists."""
-    config = _check_model(args)
-    _check_devices(args, team)
-    source = sources.Source(
-        dataset=args.dataset,
-        revision=args.dataset_revision,
-        split=args.split,
-        val_dataset=args.val_dataset,
-        val_fraction=args.val_fraction,
-        max_examples=args.max_examples,
-        seed=args.seed,
-    )
-    settings = _settings(args, config, source)
-    folder = args.data_cache_path / "processed_data" / Path(args.embedding_model).name
+    folder = request.folder()
+    config = _check_model(request)
+    _check_devices(request, team)
+    source = request.source()
+    settings = _settings(request, config, source)
     staging = folder / planning.STAGING
     if staging.exists() or not _is_complete(folder, settings):  # a complete one may lie on a read-only disk
         files.make_folder(folder.parent)
@@ -62,64 +109,64 @@ def prepare(args: argparse.Namespace, locks: contextlib.ExitStack, team: ranks.R
         files.remove(staging)
         print(f"Encoded contexts found in {folder}: used again.")
         return None
-    plan = _resume(folder, settings) or _start(folder, settings, source, args)
+    plan = _resume(folder, settings) or _start(folder, settings, source, request)
     job = Job(
         folder=folder,
         plan=plan,
-        model_path=args.embedding_model,
-        revision=args.revision,
-        model_dtype=_model_dtype(args, config),
-        batch_size=args.batch_size,
-        batch_tokens=args.batch_tokens,
+        model_path=request.embedding_model,
+        revision=request.revision,
+        model_dtype=_model_dtype(request, config),
+        batch_size=request.batch_size,
+        batch_tokens=request.batch_tokens,
     )
     job.open_folder()
     return job
 
 
-def _check_model(args: argparse.Namespace) -> GPTBigCodeConfig:
+def _check_model(request: Request) -> PreTrainedConfig:
     try:
-        config = load_base_config(args.embedding_model, args.revision)
+        config = load_base_config(request.embedding_model, request.revision)
     except DsskError as error:
-        if Path(args.embedding_model).exists() or get_token():
+        if os.path.exists(request.embedding_model) or get_token():
             raise
         raise DsskError(
             f"{error} (a gated or private model on the Hub needs `hf auth login` first)"
         ) from error
-    if args.maximum_input_length > config.n_positions:
+    if request.maximum_input_length > window(config):
         raise DsskError(
-            f"--maximum_input_length {args.maximum_input_length} is more than the {config.n_positions} positions of "
-            f"{args.embedding_model}: lower it"
+            f"--maximum_input_length {request.maximum_input_length} is more than the {window(config)} positions of "
+            f"{request.embedding_model}: lower it"
         )
     return config
 
 
-def _check_devices(args: argparse.Namespace, team: ranks.Ranks) -> None:
-    if team.size > 1 and args.num_proc > 1:
+def _check_devices(request: Request, team: ranks.Ranks) -> None:
+    if team.size > 1 and request.num_proc > 1:
         print(f"Started by torchrun as {team.size} processes: --num_proc is not used.")
     num_gpus = torch.cuda.device_count()
-    if num_gpus and team.size == 1 and args.num_proc > num_gpus:
-        raise DsskError(f"--num_proc {args.num_proc} is more than the {num_gpus} visible GPUs: lower it")
+    if num_gpus and team.size == 1 and request.num_proc > num_gpus:
+        raise DsskError(f"--num_proc {request.num_proc} is more than the {num_gpus} visible GPUs: lower it")
 
 
-def _settings(args: argparse.Namespace, config: GPTBigCodeConfig, source: sources.Source) -> store.Settings:
-    tokenizer = load_tokenizer(args.embedding_model, args.revision)
+def _settings(request: Request, config: PreTrainedConfig, source: sources.Source) -> store.Settings:
+    tokenizer = load_tokenizer(request.embedding_model, request.revision)
     return store.Settings(
-        model_id=args.embedding_model,
+        model_id=request.embedding_model,
         model_revision=getattr(config, "_commit_hash", None),
-        model_fingerprint=model_fingerprint(args.embedding_model, config, args.revision),
+        model_fingerprint=model_fingerprint(request.embedding_model, config, request.revision),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        hidden_size=config.n_embd,
-        model_dtype=str(_model_dtype(args, config)).removeprefix("torch."),
-        storage_dtype=None if args.text_only else args.storage_dtype,
+        hidden_size=config.hidden_size,
+        model_dtype=str(_model_dtype(request, config)).removeprefix("torch."),
+        storage_dtype=None if request.text_only else request.storage_dtype,
         template_version=prompts.TEMPLATE_VERSION,
-        maximum_input_length=args.maximum_input_length,
-        shard_rows=args.shard_rows,
+        maximum_input_length=request.maximum_input_length,
+        shard_rows=request.shard_rows,
         source=source.describe(),
     )
 
 
-def _model_dtype(args: argparse.Namespace, config: GPTBigCodeConfig) -> torch.dtype:
-    return (config.dtype or torch.float32) if args.dtype == "auto" else _DTYPES[args.dtype]
+def _model_dtype(request: Request, config: PreTrainedConfig) -> torch.dtype:
+    return (config.dtype or torch.float32) if request.dtype == "auto" else _DTYPES[request.dtype]
 
 
 def _is_complete(folder: Path, settings: store.Settings) -> bool:
@@ -158,9 +205,7 @@ def _comparable(settings: store.Settings) -> dict[str, object]:
     return {name: value for name, value in entries.items() if name not in ("model_id", *sources.COMMITS)}
 
 
-def _start(
-    folder: Path, settings: store.Settings, source: sources.Source, args: argparse.Namespace
-) -> planning.Plan:
+def _start(folder: Path, settings: store.Settings, source: sources.Source, request: Request) -> planning.Plan:
     """Read the source and plan the store."""
     staging = folder / planning.STAGING
     files.remove(staging)
@@ -168,13 +213,13 @@ def _start(
     files.remove_temps(folder)
     rows = source.open()
     settings = settings.model_copy(update={"source": settings.source | source.commits()})
-    tally = planning.Tally(args.skip_bad_rows)
+    tally = planning.Tally(request.skip_bad_rows)
     staged = {split: staging / f"{split}.arrow" for split in rows}
     for split, path in staged.items():
-        planning.stage_rows(path, rows[split], args.max_examples, tally)
-    tally.check(args.dataset)
-    tokenizer = load_tokenizer(args.embedding_model, args.revision)
-    return planning.make_plan(folder, settings, tokenizer, staged, args.val_fraction, tally)
+        planning.stage_rows(path, rows[split], request.max_examples, tally)
+    tally.check(request.dataset)
+    tokenizer = load_tokenizer(request.embedding_model, request.revision)
+    return planning.make_plan(folder, settings, tokenizer, staged, request.val_fraction, tally)
 
 
 # --- after everything is encoded --------------------------------------------------------------------------------

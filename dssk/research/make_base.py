@@ -29,7 +29,8 @@ from transformers import (
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention, GPTBigCodeBlock
 
 from dssk import prompts
-from dssk.data.sources import BadRow, Dropped, read_rows, to_qa
+from dssk.data.readers import BadRow, read_rows
+from dssk.data.schemas import Dropped, to_qa
 from dssk.errors import DsskError
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
@@ -357,3 +358,5 @@ def make_base_of(args: Namespace) -> None:
         return
     make_base(args.output, settings, pages)
     print(f"made {args.output}")
+
+

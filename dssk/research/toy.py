@@ -17,6 +17,7 @@ from dssk import prompts
 from dssk.errors import DsskError
 
 SPLITS = ("train", "val")
+TRAIN_ROWS, VAL_ROWS = 6000, 500
 YES_NO_PROB = 0.04
 UNANSWERABLE_PROB = 0.10
 MIN_FACTS, MAX_FACTS = 3, 5  # of the six that a kind has: the others serve unanswerable questions
@@ -259,6 +260,15 @@ def generate(split: str, num_examples: int, seed: int) -> list[dict]:
         paragraph = make_paragraph(split, rng)
         rows.append(_nq_row(f"toy-{split}-{seed}-{index}", paragraph, make_question(paragraph, rng)))
     return rows
+
+
+def splits(max_examples: int | None, seed: int) -> dict[str, list[dict]]:
+    """Both splits, with at most so many rows each."""
+    num_train = max_examples or TRAIN_ROWS
+    return {
+        "train": generate("train", num_train, seed),
+        "val": generate("val", min(num_train, VAL_ROWS), seed),
+    }
 
 
 def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -5,8 +5,9 @@ The expected answers and lines were read off the rows by hand.
 
 import pytest
 
-from dssk.data import sources
-from dssk.data.sources import Dropped, RawRow, to_qa
+from dssk.data import readers
+from dssk.data.readers import RawRow
+from dssk.data.schemas import Dropped, to_qa
 from tests.data.layouts import LAYOUTS, Annotation, Page, wrap
 
 NOT_IN_CONTEXT = "Answer not in context."
@@ -14,7 +15,7 @@ NOT_IN_CONTEXT = "Answer not in context."
 
 @pytest.mark.parametrize("layout", ["original", "hf_layout"])
 def test_the_real_dev_page_gives_its_paragraph_and_answer_in_both_layouts(shared_data, layout):
-    (row,) = sources.read_rows([str(shared_data / "nq" / f"nq_{layout}_dev_1.jsonl.gz")])
+    (row,) = readers.read_rows([str(shared_data / "nq" / f"nq_{layout}_dev_1.jsonl.gz")])
     qa = to_qa(row)  # five annotators: three found nothing, one a long and a short answer, one a long answer
     assert qa.id == "5225754983651766092"
     assert qa.document == "Trade winds"
@@ -30,7 +31,7 @@ def test_the_real_dev_page_gives_its_paragraph_and_answer_in_both_layouts(shared
 
 
 def test_the_real_simplified_pages_give_their_paragraphs_and_answers(shared_data):
-    first, null, last = sources.read_rows([str(shared_data / "nq" / "nq_simplified_train_3.jsonl.gz")])
+    first, null, last = readers.read_rows([str(shared_data / "nq" / "nq_simplified_train_3.jsonl.gz")])
     qa = to_qa(first)
     assert qa.answers == ["a newsletter sent to an advertising firm 's customers"]
     assert qa.context.startswith("A common example of permission marketing is a newsletter")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dssk import prompts
-from dssk.data.sources import RawRow, to_qa
+from dssk.data.readers import RawRow
+from dssk.data.schemas import to_qa
 from dssk.errors import DsskError
 from dssk.research import toy
 
