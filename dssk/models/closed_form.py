@@ -17,7 +17,7 @@ class NormalEquations:
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu"):
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.weight = zeros()
         self.x, self.y, self.yy = zeros(inputs), zeros(outputs), zeros(outputs)
@@ -37,34 +37,35 @@ class NormalEquations:
         self.xy += weighted.T @ y
 
     def solve(self, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
-        """Matrix (o, i) and bias (o,), float32, of the map with the least squared error.
+        """Matrix (o, i) and bias (o,) of the map from *standardized* inputs that has the least squared error.
 
-        `ridge` is the penalty on inputs of unit variance.
+        `ridge` is the penalty, on inputs of unit variance.
         """
-        scaled, mean_x, deviation = self._standardized()
-        right = (self.xy.double() / self.weight - torch.outer(mean_x, self.y / self.weight)) / deviation[
-            :, None
-        ]
-        scaled.diagonal().add_(ridge)
-        matrix = (torch.linalg.solve(scaled, right) / deviation[:, None]).T
-        return matrix.float(), (self.y / self.weight - matrix @ mean_x).float()
+        left, right = self._correlations(), self._right()
+        left.diagonal().add_(ridge)
+        return torch.linalg.solve(left, right).T.float(), (self.y / self.weight).float()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean (i,) of the inputs."""
+        return self.x / self.weight
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """Standard deviation (i,) of the inputs."""
+        return (self.xx.diagonal() / self.weight - self.mean.square()).clamp(min=0).sqrt() + EPS
 
     def explained(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """The share (o,) of each output's variance that a map explains, on the pairs that were counted."""
-        matrix, bias = matrix.double(), bias.double()
-        mean_y = self.y / self.weight
+        """The share (o,) of each output's variance that a map of standardized inputs explains."""
+        matrix, mean_y = matrix.double(), self.y / self.weight
         variance = self.yy / self.weight - mean_y.square()
-        second = self.xx / self.weight
-        product = (matrix @ second * matrix).sum(1)
-        cross = (self.xy.T.double() / self.weight * matrix).sum(1)
-        mean_out = matrix @ (self.x / self.weight)
-        error = product - 2 * cross + self.yy / self.weight + 2 * bias * (mean_out - mean_y) + bias.square()
+        product = (matrix @ self._correlations() * matrix).sum(1)
+        error = product - 2 * (self._right().T * matrix).sum(1) + variance + (bias.double() - mean_y).square()
         return 1 - error / variance.clamp(min=EPS)
 
     def low_rank(self, matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The two factors (rank, i) and (o, rank) that come closest to a map's outputs on these inputs."""
-        covariance = self.xx / self.weight - torch.outer(self.x, self.x) / self.weight**2
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = torch.linalg.eigh(self._correlations())
         root = values.clamp(min=EPS * values.max()).sqrt()
         whitened = (matrix.double() @ vectors) * root  # what the map does to inputs of unit covariance
         # The right singular vectors alone, of a matrix with many more rows than columns.
@@ -72,9 +73,12 @@ class NormalEquations:
         kept = right[:, -rank:]
         return ((kept.T / root) @ vectors.T).float(), (whitened @ kept).float()
 
-    def _standardized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Correlations (i, i) of the inputs, their means (i,) and standard deviations (i,)."""
-        mean = self.x / self.weight
-        covariance = self.xx / self.weight - torch.outer(mean, mean)
-        deviation = covariance.diagonal().clamp(min=0).sqrt() + EPS
-        return covariance / torch.outer(deviation, deviation), mean, deviation
+    def _correlations(self) -> torch.Tensor:
+        """Correlations (i, i) of the inputs."""
+        covariance = self.xx / self.weight - torch.outer(self.mean, self.mean)
+        return covariance / torch.outer(self.deviation, self.deviation)
+
+    def _right(self) -> torch.Tensor:
+        """Covariances (i, o) of standardized inputs and outputs."""
+        centred = self.xy.double() / self.weight - torch.outer(self.mean, self.y / self.weight)
+        return centred / self.deviation[:, None]

@@ -218,6 +218,8 @@ class MergedReader(nn.Module):
         rank: width of a bottleneck that all maps share; `None` for full maps.
     """
 
+    shift: torch.Tensor  # (num_states x d,) mean of a normalized state
+    scale: torch.Tensor  # (num_states x d,) one over its standard deviation
     rows: torch.Tensor  # (all mapped outputs,) which output of its projection each is
 
     def __init__(self, backbone: nn.Module, num_states: int = 1, rank: int | None = None):
@@ -230,6 +232,9 @@ class MergedReader(nn.Module):
         width, outputs = num_states * text.hidden_size, sum(mapped for mapped, _ in self.widths)
         self.down = None if rank is None else MergedLinear(width, rank, bias=False)
         self.up = MergedLinear(width if rank is None else rank, outputs)
+        # Middle layers have a few dimensions that are far larger than the rest: each is scaled to unit variance.
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
         self.register_buffer("rows", torch.empty(outputs, dtype=torch.long), persistent=self.fused)
         self.reset_rows()
 
@@ -246,7 +251,7 @@ class MergedReader(nn.Module):
 
     def maps(self, states: torch.Tensor) -> torch.Tensor:
         """All mapped outputs (C, S, rows) of states (C, S, num_states x d) as they are stored."""
-        states = normalized(states.to(self.up.weight.dtype), self.num_states)
+        states = (normalized(states.to(self.up.weight.dtype), self.num_states) - self.shift) * self.scale
         return self.up(states if self.down is None else self.down(states))
 
     def forward(

@@ -1,0 +1,267 @@
+"""A merged reader without training: maps in closed form, for the layer whose states continue a text best.
+
+Nothing but text is needed. For each layer that is tried, the states that would be stored are regressed on what each
+layer's key and value projections give for the same tokens; then held-out texts are continued from their stored
+beginnings, and the likelihood of what really follows says how much the states of that layer tell the base.
+
+Shapes: C contexts, S context tokens, N tokens of a batch, i = d x number of stored layers, o mapped outputs.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dssk.errors import DsskError
+from dssk.inference.batching import length_batches, length_mask, pad_tokens
+from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, rounded
+from dssk.models.closed_form import FIRST_TOKEN_WEIGHT, NormalEquations
+from dssk.models.layers import encode_states, find_layers, layer_inputs
+from dssk.models.merged import MergedContext, MergedReader, accepts, find_projections, normalized
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
+MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
+CONTINUATION_TOKENS = 64  # of a held-out text that are scored
+SHORTEST_TEXT = 2 * CONTINUATION_TOKENS  # of a text that can be held out
+
+Tokens = Sequence[int]
+Layers = tuple[int, ...]  # whose states are stored, one behind the other
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How well the states of one layer, or of two, are read with maps in closed form."""
+
+    layers: Layers
+    nll: float  # of held-out continuations, nats a token
+    explained: (
+        float  # mean share of the variance of keys and values that the maps explain, on the fitted texts
+    )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan` found."""
+
+    scores: list[LayerScore]
+    prompted_nll: float  # of the same continuations when the base reads the text itself
+    unread_nll: float  # when it knows nothing of it
+    tokens: int  # that the maps were fitted on
+
+    @property
+    def best(self) -> LayerScore:
+        return min(self.scores, key=lambda score: score.nll)
+
+
+def fit(
+    base: PreTrainedModel,
+    reader: MergedReader,
+    texts: Sequence[Tokens],
+    candidates: Sequence[Layers],
+    storage_dtype: StorageDtype = DEFAULT_STORAGE,
+) -> dict[Layers, NormalEquations]:
+    """Normal equations for the maps from each candidate's states, over all tokens of the texts."""
+    width: int = base.config.get_text_config().hidden_size
+    outputs = sum(mapped for mapped, _ in reader.widths)
+    sums = {c: NormalEquations(len(c) * width, outputs, base.device) for c in candidates}
+    wanted = sorted({layer for candidate in candidates for layer in candidate})
+    for ids in _batches(texts):
+        states, mapped, mask = _observe(base, reader, ids, wanted)
+        first = torch.zeros_like(mask)
+        first[:, 0] = True
+        weights = 1 + (FIRST_TOKEN_WEIGHT - 1) * first[mask].float()
+        for candidate, equations in sums.items():
+            stored = torch.cat([rounded(states[layer][mask], storage_dtype) for layer in candidate], -1)
+            equations.add(normalized(stored.float(), len(candidate)), mapped[mask], weights)
+    return sums
+
+
+@torch.no_grad()
+def load_maps(reader: MergedReader, equations: NormalEquations) -> float:
+    """Set a reader's maps in closed form; returns the mean share of variance that they explain."""
+    matrix, bias = equations.solve()
+    explained = equations.explained(matrix, bias).mean().item()
+    if reader.down is not None:
+        down, matrix = equations.low_rank(matrix, reader.down.out_features)
+        reader.down.weight.copy_(down)
+    reader.up.weight.copy_(matrix)
+    reader.up.bias.copy_(bias)
+    reader.shift.copy_(equations.mean)
+    reader.scale.copy_(1 / equations.deviation)
+    return explained
+
+
+def scan(
+    base: PreTrainedModel,
+    reader_of: Callable[[Layers], MergedReader],
+    texts: Sequence[Tokens],
+    held_out: Sequence[Tokens],
+    candidates: Sequence[Layers],
+    storage_dtype: StorageDtype = DEFAULT_STORAGE,
+    report: Callable[[LayerScore], None] = lambda score: None,
+) -> Scan:
+    """Fit and score every candidate; `reader_of` makes an untrained reader for one, `report` hears of each score."""
+    pieces = [(text[:-CONTINUATION_TOKENS], text[-CONTINUATION_TOKENS:]) for text in held_out]
+    scores = []
+    for group in _passes(base, reader_of(candidates[0]), candidates):
+        sums = fit(base, reader_of(group[0]), texts, group, storage_dtype)
+        for candidate in group:
+            reader = reader_of(candidate)
+            explained = load_maps(reader, sums.pop(candidate))
+            read_back = functools.partial(read, base, reader, layers=candidate, storage_dtype=storage_dtype)
+            nll = continuation_nll(base, pieces, read_back)
+            scores.append(LayerScore(candidate, nll, explained))
+            report(scores[-1])
+    if not any(score.nll == score.nll for score in scores):
+        raise DsskError(
+            "no layer gave a finite score: is the base damaged, or its type too small for its activations?"
+        )
+    return Scan(
+        scores,
+        prompted_nll=continuation_nll(base, pieces, None),
+        unread_nll=continuation_nll(base, [([], rest) for _, rest in pieces], None),
+        tokens=sum(map(len, texts)),
+    )
+
+
+def read(
+    base: PreTrainedModel,
+    reader: MergedReader,
+    ids: torch.Tensor,
+    layers: Layers,
+    storage_dtype: StorageDtype,
+) -> MergedContext:
+    """A context of tokens (1, S), encoded, rounded as it would be stored, and read back."""
+    states, _ = encode_states(base.base_model, ids, None, layers)
+    parts = states[0].unflatten(-1, (len(layers), -1)).unbind(1)
+    stored = torch.cat([rounded(part, storage_dtype) for part in parts], -1)[None]
+    return reader(base.base_model, stored)
+
+
+@torch.no_grad()
+def continuation_nll(
+    base: PreTrainedModel,
+    pieces: Sequence[tuple[Tokens, Tokens]],
+    context_of: Callable[[torch.Tensor], MergedContext] | None,
+) -> float:
+    """Mean negative log-likelihood (nats a token) of the second part of each text after the first.
+
+    The first is read through `context_of`, or as it stands if that is None. The very first token of a continuation is
+    not scored, as nothing in the decoder stands before it.
+    """
+    total, count = 0.0, 0
+    for before, after in pieces:
+        text = torch.tensor([list(after)], device=base.device)
+        if context_of is None:
+            whole = torch.tensor([[*before, *after]], device=base.device)
+            logits = base(whole, use_cache=False).logits[:, len(before) :]
+        else:
+            context = context_of(torch.tensor([list(before)], device=base.device))
+            logits = base(text, **arguments(base, context, None, 1, text.shape[1])).logits
+        total += nn.functional.cross_entropy(logits[0, :-1].float(), text[0, 1:], reduction="sum").item()
+        count += text.shape[1] - 1
+    return total / count
+
+
+def arguments(
+    model: PreTrainedModel,
+    context: MergedContext,
+    attention_mask: torch.Tensor | None,
+    rows: int,
+    tokens: int,
+) -> dict[str, Any]:
+    """What a plain model is given to go on after a context: cache, mask and positions."""
+    mask, positions = context.before(attention_mask, rows, tokens)
+    given: dict[str, Any] = {"past_key_values": context.cache(model.config, rows), "attention_mask": mask}
+    return given | ({"position_ids": positions} if accepts(model, "position_ids") else {})
+
+
+def divided(texts: Sequence[Tokens], held_out: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Texts to fit the maps on, and at most `held_out` long enough ones to score them, spread over all of them.
+
+    Raises `DsskError` where there are too few.
+    """
+    long = [number for number, text in enumerate(texts) if len(text) >= SHORTEST_TEXT]
+    if len(long) < 2 or len(texts) < 4:
+        raise DsskError(
+            f"got {len(texts)} texts, of them {len(long)} with {SHORTEST_TEXT} tokens or more: want at least 4 and 2, "
+            "some are held out to score the layers"
+        )
+    step = max(2, len(long) // held_out)
+    chosen = set(long[::step][:held_out])
+    return [t for n, t in enumerate(texts) if n not in chosen], [texts[n] for n in sorted(chosen)]
+
+
+def _passes(
+    base: PreTrainedModel, reader: MergedReader, candidates: Sequence[Layers]
+) -> Iterator[list[Layers]]:
+    """Candidates in groups whose sums fit into memory together."""
+    width: int = base.config.get_text_config().hidden_size
+    outputs = sum(mapped for mapped, _ in reader.widths)
+    group: list[Layers] = []
+    held = 0
+    for candidate in candidates:
+        inputs = len(candidate) * width
+        needed = 4 * inputs * outputs + 8 * inputs**2
+        if group and held + needed > MEMORY_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(candidate)
+        held += needed
+    yield group
+
+
+def _batches(texts: Sequence[Tokens]) -> Iterable[list[Tokens]]:
+    for rows in length_batches([len(text) for text in texts], BATCH_ROWS, BATCH_TOKENS):
+        yield [texts[row] for row in rows]
+
+
+@torch.no_grad()
+def _observe(
+    base: PreTrainedModel, reader: MergedReader, texts: Sequence[Tokens], wanted: Sequence[int]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The states (C, S, d) of each wanted layer, the outputs (C, S, o) to be mapped, and the mask (C, S)."""
+    backbone = base.base_model
+    ids = pad_tokens(texts, 0).to(base.device)
+    mask = length_mask([len(text) for text in texts]).to(base.device)
+    layers = find_layers(backbone, reader.num_layers)[1]
+    states: dict[int, torch.Tensor] = {}
+    outputs: list[torch.Tensor] = []
+    inner = [layer for layer in wanted if layer < reader.num_layers]
+    with ExitStack() as stack:
+        if inner:
+            stack.enter_context(layer_inputs(layers, inner, states))
+        stack.enter_context(_projected(layers, outputs))
+        states[reader.num_layers] = backbone(
+            ids, attention_mask=mask.long(), use_cache=False
+        ).last_hidden_state
+    first, parts = 0, []
+    for output, (width, _) in zip(outputs, reader.widths, strict=True):
+        parts.append(output[..., reader.rows[first : first + width]])
+        first += width
+    return states, torch.cat(parts, -1), mask
+
+
+@contextmanager
+def _projected(layers: nn.ModuleList, outputs: list[torch.Tensor]) -> Iterator[None]:
+    """Collect what each projection of keys and values gives, in the order of the reader's maps."""
+    modules = [module for layer in layers for _, module in find_projections(layer)]
+    found: dict[int, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda *call, slot=slot: found.__setitem__(slot, call[2]))
+        for slot, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs.extend(found[slot] for slot in range(len(modules)))
