@@ -7,7 +7,7 @@ from importlib import import_module
 from dssk import __version__
 from dssk.errors import DsskError, run
 from dssk.utils.flags import nearest
-from dssk.utils.old_names import OLD_NAMES
+from dssk.utils.old_names import OLD_NAMES, OldNames
 
 VERBS = {
     "base": "make a small base model, or convert one",
@@ -61,4 +61,5 @@ def usage() -> str:
 if __name__ == "__main__":
     old = OLD_NAMES.get(__spec__.name)  # `python -m` by a name of version 0.1
     __spec__.name = "dssk.__main__"  # what processes that are spawned later look for
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OldNames)]  # it has found us
     sys.exit(main([old, *sys.argv[1:]] if old else None))

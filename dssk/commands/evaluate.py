@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
-    evaluate_checkpoint(args)
+    evaluate_checkpoint(**vars(args))
 
 
 def build_parser() -> Parser:

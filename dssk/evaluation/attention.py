@@ -19,8 +19,9 @@ from dssk import prompts
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
 from dssk.evaluation.scores import interval
-from dssk.inference.answering import encode_texts, tokenize_question
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.encoding import Encoder
+from dssk.inference.loading import FusedModel
+from dssk.inference.tokenizer import leading_ids, tokenize_answer, tokenize_question
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it
 MAX_QUESTIONS = 500  # enough for an interval of 3 points
@@ -45,7 +46,7 @@ class Attention:
 
 @torch.no_grad()
 def attend(
-    model: CrossAttnGPTBigCodeForCausalLM,
+    model: FusedModel,
     tokenizer: PreTrainedTokenizerBase,
     question: str,
     answer: str,
@@ -53,12 +54,11 @@ def attend(
 ) -> Attention:
     """What the heads attended to in `states` (S, d), one encoded context, for each token of `answer`.
 
-    The model is left as it was, its attention implementation included. `token_texts` cuts the context's text into
+    The model is left as it was, its attention implementation included. `context_texts` cuts the context's text into
     the pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
     """
     prompt = tokenize_question(tokenizer, question)
-    text = prompts.answer(answer)
-    target = tokenizer(text, add_special_tokens=False)["input_ids"]
+    *target, _ = tokenize_answer(tokenizer, answer)
     if not target:
         raise ValueError("an answer without tokens attends to nothing")
     with _eager(model):
@@ -71,11 +71,11 @@ def attend(
     # The first token is predicted at the prompt's last position.
     weights = torch.stack([block[0, :, len(prompt) - 1 :] for block in outputs.cross_attentions])
     layers = sorted(model.config.cross_attn_layers)
-    return Attention(weights.float().cpu(), layers, token_texts(tokenizer, text))
+    return Attention(weights.float().cpu(), layers, _pieces(tokenizer, prompts.answer(answer)))
 
 
 @contextmanager
-def _eager(model: CrossAttnGPTBigCodeForCausalLM) -> Iterator[None]:
+def _eager(model: FusedModel) -> Iterator[None]:
     """Eager attention is the only one that returns its weights."""
     before, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
@@ -87,12 +87,30 @@ def _eager(model: CrossAttnGPTBigCodeForCausalLM) -> Iterator[None]:
         model.train(training)
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """`text` cut into a piece for each of its tokens; joined they are `text`.
+def context_texts(tokenizer: PreTrainedTokenizerBase, context: str) -> list[str]:
+    """The text of a context as it is encoded, cut into a piece for each of its tokens; joined they are that text.
 
-    A character of several tokens stands with the last of them, the others are empty. Give a context's text as it
-    was encoded: `prompts.context(...)`.
+    A character of several tokens stands with the last of them, the others are empty. So are special tokens.
     """
+    leading = [""] * len(leading_ids(tokenizer))
+    return leading + _pieces(tokenizer, prompts.context(context))
+
+
+def answer_mask(tokenizer: PreTrainedTokenizerBase, context: str, answers: Sequence[str]) -> torch.Tensor:
+    """(S,) boolean: which tokens of an encoded context belong to an occurrence of one of `answers`, in any case.
+
+    A token that is only the space before it counts as well: the decoder's answers begin with one.
+    """
+    text = prompts.context(context)
+    spans = [span for answer in answers for span in find_words(text, answer)]
+    inside = [
+        any((start < e and end > s) or (end == s and text[start:end].isspace()) for s, e in spans)
+        for start, end in _borders(tokenizer, text)
+    ]
+    return torch.tensor([False] * len(leading_ids(tokenizer)) + inside, dtype=torch.bool)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     return [text[start:end] for start, end in _borders(tokenizer, text)]
 
 
@@ -101,19 +119,6 @@ def _borders(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, i
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     starts = np.maximum.accumulate([0, *(start for start, _ in offsets[1:]), len(text)]).tolist()
     return list(zip(starts, starts[1:], strict=False))[: len(offsets)]
-
-
-def answer_mask(tokenizer: PreTrainedTokenizerBase, text: str, answers: Sequence[str]) -> torch.Tensor:
-    """(S,) boolean: which tokens of a context's `text` belong to an occurrence of one of `answers`, in any case.
-
-    A token that is only the space before it counts as well: the decoder's answers begin with one.
-    """
-    spans = [span for answer in answers for span in find_words(text, answer)]
-    inside = [
-        any((start < e and end > s) or (end == s and text[start:end].isspace()) for s, e in spans)
-        for start, end in _borders(tokenizer, text)
-    ]
-    return torch.tensor(inside, dtype=torch.bool)
 
 
 def find_words(text: str, words: str) -> list[tuple[int, int]]:
@@ -144,7 +149,7 @@ class Evidence:
 
 
 def evidence(
-    model: CrossAttnGPTBigCodeForCausalLM,
+    model: FusedModel,
     tokenizer: PreTrainedTokenizerBase,
     predictions: Sequence[dict[str, Any]],
 ) -> Evidence | None:
@@ -156,9 +161,13 @@ def evidence(
     usable = [row for row in predictions if _is_usable(row)]
     rows = [usable[i] for i in spread(len(usable), MAX_QUESTIONS)]
     hits, first_hits, masses, chances, contexts = [], [], [], [], []
+    encoder = Encoder(model, tokenizer)
     for row in tqdm(rows, desc="attention", unit="question", disable=None):
-        states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
-        mask = answer_mask(tokenizer, prompts.context(row["context"]), row["answers"])[: len(states)]
+        (states,) = encoder.encode([row["context"]])
+        states = states[
+            : row.get("context_tokens")
+        ]  # as it was cut; a state depends on what stands before it alone
+        mask = answer_mask(tokenizer, row["context"], row["answers"])[: len(states)]
         if not mask.any():  # its context was cut before the answer
             continue
         attention = attend(model, tokenizer, row["question"], row["with_context"]["prediction"], states)
@@ -222,14 +231,3 @@ def best_head(hits: np.ndarray) -> tuple[int, int]:
     """(block, head) with the most hits in (questions, N, H)."""
     block, head = np.unravel_index(hits.mean(0).argmax(), hits.shape[1:])
     return int(block), int(head)
-
-
-def encode_context(
-    model: CrossAttnGPTBigCodeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    max_tokens: int | None = None,
-) -> torch.Tensor:
-    """Encode a context's text with the model itself: (S, d), cut to `max_tokens` and to the model's positions."""
-    (states,) = encode_texts(model, tokenizer, [text])
-    return states[:max_tokens]  # a state depends on what stands before it alone

@@ -4,7 +4,7 @@ Each question is answered under several controls. A gain that comes from the con
 not under the others. A run that was killed goes on where it stopped; `torchrun` shares the work among processes.
 """
 
-from argparse import Namespace
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,8 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from dssk import prompts
 from dssk.errors import DsskError
-from dssk.evaluation.predictions import Answers, answer_all, discard_partial
+from dssk.evaluation.predictions import Answers, answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import (
     QuestionSet,
     check_encodings,
@@ -25,17 +24,16 @@ from dssk.evaluation.questions import (
     other_rows,
 )
 from dssk.evaluation.scores import score, table
-from dssk.inference.answering import tokenize_question
 from dssk.inference.fingerprint import file_fingerprint
-from dssk.inference.generate import MAX_NEW_TOKENS, answer_tokens, context_batch, generate_batch, nll_batch
-from dssk.inference.loading import find_model, load_model
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
-from dssk.utils.defaults import CONTROLS
+from dssk.inference.generation import context_batch, generate_batch, nll_batch
+from dssk.inference.loading import FusedModel, device, find_model, load_model
+from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize_question
+from dssk.run_folder import PREDICTIONS, SCORES, model_step
+from dssk.store import format as store
+from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 from dssk.utils.files import publish_json
 from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, join
-
-PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
 
 class Trial(NamedTuple):
@@ -51,7 +49,7 @@ class CrossAttentionSystem:
 
     def __init__(
         self,
-        model: CrossAttnGPTBigCodeForCausalLM,
+        model: FusedModel,
         tokenizer: PreTrainedTokenizerBase,
         questions: QuestionSet,
         controls: Sequence[str] = CONTROLS,
@@ -76,13 +74,11 @@ class CrossAttentionSystem:
     def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
         asked = self.questions.rows
         prompted = [tokenize_question(self.tokenizer, asked[trial.question].question) for trial in chosen]
-        targets = [answer_tokens(self.tokenizer, asked[row].answers[0]) for row in rows]
-        context = context_batch(self.model, self._states(rows, chosen))
+        targets = [tokenize_answer(self.tokenizer, asked[row].answers[0]) for row in rows]
         with torch.no_grad():
-            if context:  # projected once for both
-                context = {"context": self.model.project_context(**context)}
-            texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)
-            losses = nll_batch(self.model, self.tokenizer, prompted, targets, **context)
+            context = context_batch(self.model, self._states(rows, chosen))  # projected once for both
+        texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)
+        losses = nll_batch(self.model, self.tokenizer, prompted, targets, **context)
         return list(zip(texts, losses, strict=True))
 
     def _states(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[torch.Tensor]:
@@ -119,7 +115,7 @@ def trials(control: str, questions: QuestionSet) -> Sequence[Trial | None]:
 
 
 def evaluate(
-    model: CrossAttnGPTBigCodeForCausalLM,
+    model: FusedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: QuestionSet,
     path: Path,
@@ -135,9 +131,27 @@ def evaluate(
     """
     system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens)
     settings = {**settings, "controls": list(controls), "max_new_tokens": max_new_tokens}
-    settings["template_version"] = prompts.TEMPLATE_VERSION
-    predictions = answer_all(questions, system, path, settings, batch_size, ranks or Ranks(0, 1, 0))
+    settings["template_version"] = template_version(tokenizer)
+    ranks = ranks or Ranks(0, 1, 0)
+    predictions = answer_all(questions, system, path, settings, batch_size, ranks)
+    if ranks.rank == 0:
+        for line in left_out(system.trials):
+            print(f"dssk: {line}", file=sys.stderr)
     return score(predictions, controls)
+
+
+def left_out(trials: dict[str, Sequence[Trial | None]]) -> list[str]:
+    """What to say of controls that some questions, or none, could be put to."""
+    why = {
+        "other_question": "their context has no second question",
+        "wrong_context": "there is no other context",
+    }
+    counts = {control: sum(trial is None for trial in of_rows) for control, of_rows in trials.items()}
+    return [
+        f"{control} leaves out {count} of {len(trials[control])} questions: {why[control]}"
+        for control, count in counts.items()
+        if count
+    ]
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
@@ -165,31 +179,39 @@ def control_list(text: str) -> list[str]:
     return [control for control in CONTROLS if control in names]
 
 
-def evaluate_checkpoint(args: Namespace) -> None:
-    """Do what the flags of `dssk evaluate` say, as one process or as a rank of torchrun's."""
-    controls = control_list(args.controls)
-    data_path = args.data_path or args.dataset
-    if args.data_path and not Path(args.data_path).is_dir():
-        raise DsskError(f"no folder {args.data_path}: want one made by dssk preproc; raw data is --dataset")
-    output = Path(args.output) if args.output else output_folder(args.checkpoint) / SCORES
-    predictions = output.with_name(PREDICTIONS)
-    with join() as ranks:
-        model, tokenizer = load_model(args.checkpoint)
-        model.to(f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu")
-        check_encodings(data_path, args.checkpoint, model.config)
-        questions = load_questions(data_path, tokenizer, model.config, args.split, args.max_questions)
+def evaluate_checkpoint(
+    checkpoint: str,
+    data_path: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    controls: str = ",".join(CONTROLS),
+    max_questions: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    output: str | None = None,
+) -> None:
+    """What `dssk evaluate` does, as one process or as a rank of torchrun's; the arguments are its flags.
+
+    The questions are those of the store `data_path`, or of the raw data `dataset`.
+    """
+    chosen = control_list(controls)
+    if data_path:
+        store.load_manifest(data_path)  # before the model: another folder is refused at once
+    folder = find_model(checkpoint)
+    file = Path(output) if output else output_folder(checkpoint) / SCORES
+    predictions = file.with_name(PREDICTIONS)
+    with join() as ranks, only_writer(predictions, ranks):
+        model, tokenizer = load_model(folder, device=device(ranks.local_rank))
+        source = data_path or dataset or ""
+        check_encodings(source, folder)
+        questions = load_questions(source, tokenizer, model.config, split, max_questions)
+        settings = {"checkpoint": checkpoint_fingerprint(folder)}
         scores = evaluate(
-            model,
-            tokenizer,
-            questions,
-            predictions,
-            {"checkpoint": checkpoint_fingerprint(find_model(args.checkpoint))},
-            args.batch_size,
-            controls,
-            args.max_new_tokens,
-            ranks,
+            model, tokenizer, questions, predictions, settings, batch_size, chosen, max_new_tokens, ranks
         )
+        if (step := model_step(folder)) is not None:
+            scores["step"] = step
         if ranks.rank == 0:
-            publish_json(output, scores)
+            publish_json(file, scores)
             discard_partial(predictions)
-            print(f"{table(scores)}\n{output}")
+            print(f"{table(scores)}\n{file}")

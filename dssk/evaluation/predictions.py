@@ -1,21 +1,25 @@
 """Answering a set of questions, batch by batch, so that a run that was killed goes on where it stopped.
 
 Finished batches are appended to predictions.partial.jsonl; its first line says what is being answered, by what and
-how. Batches depend on the questions alone, so it changes nothing where a run was interrupted or how many processes
-share the work.
+how. Each line begins with its checksum: one that was torn or altered is left out, and its question answered again.
+Batches depend on the questions alone, so it changes nothing where a run was interrupted or how many processes share
+the work.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from tqdm import tqdm
 
 from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
 from dssk.evaluation.questions import QuestionSet
 from dssk.evaluation.scores import Prediction
-from dssk.inference.generate import length_batches
+from dssk.inference.batching import length_batches
 from dssk.utils import files
 from dssk.utils.ranks import Ranks
 
@@ -42,6 +46,8 @@ def answer_all(
     batches = length_batches(questions.context_tokens, batch_size)
     settings = {**settings, "questions": questions.fingerprint, "batch_size": batch_size}
     done = ranks.from_first(lambda: _resume(path, settings))
+    if done and ranks.rank == 0:
+        print(f"dssk: {len(done)} of {len(questions)} questions were answered before", file=sys.stderr)
     missing = [batch for batch in batches if not done.keys() >= set(batch)]
     mine = missing[ranks.rank :: ranks.size]
     count = sum(map(len, mine))
@@ -51,15 +57,28 @@ def answer_all(
         tqdm(total=count, desc=path.stem, unit="question", disable=None if ranks.rank == 0 else True) as bar,
     ):
         if ranks.rank:
-            file.write(_line({"settings": settings}))
+            file.write(_checked_line({"settings": settings}))
         for rows in mine:
             answers = system(rows)
             for row, answered in zip(rows, answers, strict=True):
-                file.write(_line({"row": row, **_prediction(questions, row, answered)}))
+                file.write(_checked_line({"row": row, **_prediction(questions, row, answered)}))
             file.flush()
             bar.update(len(rows))
     ranks.wait()
     return ranks.from_first(lambda: _finish(path, settings, len(questions)))
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Be the only evaluation, of any number of ranks, that writes `path` and what lies beside it."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            files.make_folder(path.parent)
+            held.enter_context(files.lock(path.with_name(f".{path.stem}.lock")))
+
+        ranks.from_first(hold)
+        yield
 
 
 def discard_partial(path: Path) -> None:
@@ -96,7 +115,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
     files.make_folder(path.parent)
     done = _read(path, settings)
     lines = [{"settings": settings}, *({"row": row, **prediction} for row, prediction in done.items())]
-    files.publish_text(_partial(path, 0), "".join(map(_line, lines)))
+    files.publish_text(_partial(path, 0), "".join(map(_checked_line, lines)))
     for partial in _partials(path):
         if partial != _partial(path, 0):
             files.remove(partial)
@@ -111,7 +130,7 @@ def _finish(path: Path, settings: dict[str, Any], count: int) -> list[Prediction
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
-    """Predictions by row from all partial files with these settings. A line torn by the run's end is left out."""
+    """Predictions by row from all partial files with these settings, lines that are not whole left out."""
     done: dict[int, Prediction] = {}
     for partial in _partials(path):
         header, *rows = _whole_lines(partial) or [None]
@@ -121,13 +140,8 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
 
 
 def _whole_lines(path: Path) -> list[Any]:
-    lines = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # nothing behind a torn line was written by us
-            break
-    return lines
+    pairs = (line.partition(b" ") for line in path.read_bytes().split(b"\n"))
+    return [json.loads(text) for checksum, _, text in pairs if checksum == _checksum(text)]
 
 
 def _partial(path: Path, rank: int) -> Path:
@@ -138,6 +152,15 @@ def _partial(path: Path, rank: int) -> Path:
 def _partials(path: Path) -> list[Path]:
     first = _partial(path, 0).name
     return sorted(p for p in path.parent.iterdir() if p.name == first or p.name.startswith(f"{first}."))
+
+
+def _checksum(text: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(text).encode()
+
+
+def _checked_line(value: Any) -> str:
+    line = _line(value)
+    return f"{_checksum(line[:-1].encode()).decode()} {line}"
 
 
 def _line(value: Any) -> str:

@@ -12,26 +12,21 @@ import datasets
 import numpy as np
 import torch
 import xxhash
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dssk import prompts
-from dssk.data import sources
-from dssk.data.collate import length_mask, pad_tokens
+from dssk.data import schemas, sources
 from dssk.errors import DsskError
-from dssk.inference.loading import find_model
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.encoding import Encoder
+from dssk.inference.loading import FusedModel, find_encoder
+from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
+from dssk.inference.tokenizer import tokenize_contexts
+from dssk.models.shapes import window
 from dssk.store.format import (
     MANIFEST,
-    TORCH_DTYPES,
-    StorageDtype,
     check_model,
-    encoding_bytes,
     load_manifest,
     load_rows,
 )
-
-DEFAULT_STORAGE: StorageDtype = "bf16"  # of encodings made on the fly, as preprocessing stores them
 
 
 @dataclass(frozen=True)
@@ -58,23 +53,19 @@ class QuestionSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def states(self, model: CrossAttnGPTBigCodeForCausalLM, numbers: Sequence[int]) -> list[torch.Tensor]:
+    def states(self, model: FusedModel, numbers: Sequence[int]) -> list[torch.Tensor]:
         """Encoder states (S, d) of the contexts of some rows."""
         if self.table is not None:
             return [self.table[i]["encoder_hidden_states"] for i in numbers]
         assert self.context_ids is not None
-        ids = [self.context_ids[i] for i in numbers]
-        mask = length_mask([len(tokens) for tokens in ids])
-        padded = pad_tokens(ids, model.config.pad_token_id or 0)
-        states, _ = model.encode(padded.to(model.device), mask.long().to(model.device))
-        rounded = states.to(TORCH_DTYPES[DEFAULT_STORAGE])
-        return [row[: len(tokens)] for row, tokens in zip(rounded, ids, strict=True)]
+        texts = [self.rows[i].context for i in numbers]
+        return Encoder(model).encode(texts, input_ids=[self.context_ids[i] for i in numbers])
 
 
 def load_questions(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    config: CrossAttnGPTBigCodeConfig,
+    config: PreTrainedConfig,
     split: str | None = None,
     limit: int | None = None,
 ) -> QuestionSet:
@@ -91,7 +82,7 @@ def load_questions(
 def _from_store(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    config: CrossAttnGPTBigCodeConfig,
+    config: PreTrainedConfig,
     split: str,
     limit: int | None,
 ) -> QuestionSet:
@@ -118,7 +109,7 @@ def _from_store(
 def _from_source(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    config: CrossAttnGPTBigCodeConfig,
+    config: PreTrainedConfig,
     split: str | None,
     limit: int | None,
 ) -> QuestionSet:
@@ -130,10 +121,10 @@ def _from_source(
     rows = []
     for raw in found[name]:
         try:
-            qa = sources.to_qa(raw)
-        except sources.Dropped:
+            qa = schemas.to_qa(raw)
+        except schemas.Dropped:
             continue
-        except sources.BadRow as error:
+        except schemas.BadRow as error:
             raise DsskError(f"{raw.place}: {error}: mend or remove that row") from error
         rows.append(Question(qa.id, qa.question, qa.context, qa.answers))
     if not rows:
@@ -145,12 +136,11 @@ def _from_source(
 def _encoded_later(
     rows: list[Question],
     tokenizer: PreTrainedTokenizerBase,
-    config: CrossAttnGPTBigCodeConfig,
+    config: PreTrainedConfig,
     fingerprint: str,
 ) -> QuestionSet:
-    longest = config.max_position_embeddings
-    texts = [prompts.context(row.context) for row in rows]
-    ids = [tokens[:longest] for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    longest = window(config)
+    ids = [tokens[:longest] for tokens in tokenize_contexts(tokenizer, [row.context for row in rows])]
     num_bytes = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
     return QuestionSet(rows, [len(tokens) for tokens in ids], fingerprint, num_bytes, context_ids=ids)
 
@@ -159,15 +149,10 @@ def _fingerprint(*facts: object) -> str:
     return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
 
-def check_encodings(path: str, checkpoint: str | Path, config: CrossAttnGPTBigCodeConfig) -> None:
+def check_encodings(path: str, checkpoint: str | Path) -> None:
     """Raise `DsskError` unless the base of a checkpoint made the encodings at `path`; raw data suits every model."""
-    if not (Path(path) / MANIFEST).is_file():
-        return
-    manifest = load_manifest(path)
-    if config.cross_attn_only and config.base_model_name_or_path:
-        check_model(manifest, config.base_model_name_or_path, config.base_model_revision)
-    else:
-        check_model(manifest, find_model(checkpoint))
+    if (Path(path) / MANIFEST).is_file():
+        check_model(load_manifest(path), *find_encoder(checkpoint))
 
 
 def sample(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:

@@ -172,9 +172,7 @@ def _batches(
             yield [part[i] for i in batch]
 
 
-def _project(
-    model: Any, states: list[States], groups: Sequence[int], rows: Sequence[int]
-) -> dict[str, ProjectedContext]:
+def _project(model: Any, states: list[States], groups: Sequence[int], rows: Sequence[int]) -> dict[str, Any]:
     """Contexts joined and projected: one for all rows of a batch, or one each; nothing if there are none."""
     if not states[rows[0]]:
         return {}

@@ -34,6 +34,7 @@ CONFIG = "config.json"
 # Implementations that come with transformers or a package; any other name is fetched from the Hub as code.
 _ATTENTION = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+FusedModel = Any  # a `CrossAttnForCausalLM` of whatever family: the classes are made at run time
 _WANT = "want a checkpoint, a fused model, or the folder of a run"
 
 register()
@@ -67,9 +68,9 @@ def find_encoder(path: str | Path) -> tuple[str, str | None]:
     if is_on_hub(str(path)):
         return str(path), None
     folder = find_model(path)
-    config = load_config(folder)
+    config: Any = load_config(folder)
     if isinstance(config, CrossAttnConfig) and config.cross_attn_only:
-        return config.base_model_name_or_path, config.base_model_revision
+        return str(config.base_model_name_or_path), config.base_model_revision
     return str(folder.resolve()), None
 
 
@@ -121,7 +122,7 @@ def _check_implementations(path: str | Path, values: Any) -> None:
 
 def load_model(
     path: str | Path, base_model: str | Path | None = None, **how: Any
-) -> tuple[Any, PreTrainedTokenizerBase]:
+) -> tuple[FusedModel, PreTrainedTokenizerBase]:
     """A fused model, frozen but for its blocks and in eval mode, and its tokenizer.
 
     `path` is what `find_model` takes, or a name on the Hub; `base_model` is where the base of a checkpoint is, if

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dssk import prompts
-from dssk.evaluation.attention import answer_mask, attend, encode_context, token_texts
+from dssk.evaluation.attention import answer_mask, attend, context_texts
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.encoding import Encoder
+from dssk.inference.loading import FusedModel
 
 SCALE = 10_000  # weights are kept as whole numbers,
 KEPT = 32  # and at most so many for a token of an answer
@@ -54,9 +54,7 @@ def describe(row: Row) -> Row:
     }
 
 
-def with_attention(
-    model: CrossAttnGPTBigCodeForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
-) -> list[Row]:
+def with_attention(model: FusedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Row]:
     """`describe` for each row, with its context cut into tokens and the weights of every head on them.
 
     Adds `tokens` (texts of the context that was encoded), `marked` (numbers of those that are an answer),
@@ -64,12 +62,13 @@ def with_attention(
     token numbers and weights times `SCALE` in turn.
     """
     described = []
+    encoder = Encoder(model, tokenizer)
     for row in tqdm(rows, desc="samples", unit="sample", disable=None):
-        text = prompts.context(row["context"])
-        states = encode_context(model, tokenizer, row["context"], row.get("context_tokens"))
-        marked = answer_mask(tokenizer, text, row["answers"])[: len(states)]
+        (states,) = encoder.encode([row["context"]])
+        states = states[: row.get("context_tokens")]
+        marked = answer_mask(tokenizer, row["context"], row["answers"])[: len(states)]
         sample = describe(row) | {
-            "tokens": token_texts(tokenizer, text)[: len(states)],
+            "tokens": context_texts(tokenizer, row["context"])[: len(states)],
             "marked": marked.nonzero().flatten().tolist(),
             "answer_tokens": [],
             "weights": [],

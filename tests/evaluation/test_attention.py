@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from dssk import prompts
 from dssk.evaluation import attention
@@ -10,12 +11,12 @@ from dssk.evaluation.attention import (
     answer_mask,
     attend,
     best_head,
-    encode_context,
+    context_texts,
     evidence,
     find_words,
-    token_texts,
 )
-from dssk.inference.tokenizer import load_tokenizer
+from dssk.inference.encoding import Encoder
+from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from tests.conftest import byte_tokenizer, fused
 
 QUESTION, CONTEXT, ANSWER = "who built the mill", "Mill was built in 1785 by Ann .", "Ann"
@@ -34,7 +35,7 @@ def model(base_path, request):
 
 
 def test_weights_are_those_at_the_positions_that_predict_the_answer(model, tokenizer):
-    states = encode_context(model, tokenizer, CONTEXT)
+    (states,) = Encoder(model, tokenizer).encode([CONTEXT])
     inputs = []
     blocks = model.transformer.cross_attn
     hooks = [
@@ -45,7 +46,8 @@ def test_weights_are_those_at_the_positions_that_predict_the_answer(model, token
         hook.remove()
     prompt = len(tokenizer(prompts.question(QUESTION))["input_ids"])
     expected = []
-    for module, (hidden_states, keys, *_) in inputs:
+    read = [(module, args) for module, args in inputs if len(args) > 1]  # not those that project the context
+    for module, (hidden_states, keys, *_) in read:
         heads, size = module.num_heads, module.head_dim
         queries = module.q_attn(hidden_states)[0].view(-1, heads, size)
         scores = torch.einsum("thd,hsd->hts", queries, keys[0]) / size**0.5
@@ -57,7 +59,7 @@ def test_weights_are_those_at_the_positions_that_predict_the_answer(model, token
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer, monkeypatch):
-    states = encode_context(model, tokenizer, CONTEXT)
+    (states,) = Encoder(model, tokenizer).encode([CONTEXT])
     model.train()
     attend(model, tokenizer, QUESTION, ANSWER, states)
     assert model.training
@@ -77,16 +79,28 @@ def test_most_attended_is_over_the_whole_answer():
 
 @settings(deadline=None)
 @given(st.text(max_size=30))
-def test_token_texts_join_to_the_text(text):
+def test_the_pieces_of_a_context_join_to_its_text(text):
     tokenizer = byte_tokenizer()
-    pieces = token_texts(tokenizer, text)
-    assert "".join(pieces) == text
-    assert len(pieces) == len(tokenizer(text)["input_ids"])
+    pieces = context_texts(tokenizer, text)
+    assert "".join(pieces) == prompts.context(text)
+    assert len(pieces) == len(tokenize_context(tokenizer, text))
+
+
+def test_tokens_that_stand_before_every_text_have_empty_pieces_and_are_no_answer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    pieces, marked = context_texts(tokenizer, CONTEXT), answer_mask(tokenizer, CONTEXT, ["Ann"])
+    assert len(pieces) == len(marked) == len(tokenize_context(tokenizer, CONTEXT))
+    assert pieces[0] == ""
+    assert "".join(piece for piece, inside in zip(pieces, marked, strict=True) if inside) == " Ann"
 
 
 def test_the_answers_tokens_are_found_where_it_stands_as_words(tokenizer):
-    text = prompts.context("1785 or 11785: in 1785 ANN met Anna.")
-    marked = [i for i, inside in enumerate(answer_mask(tokenizer, text, ["1785", "Ann"]).tolist()) if inside]
+    context = "1785 or 11785: in 1785 ANN met Anna."
+    text = prompts.context(context)
+    marked = answer_mask(tokenizer, context, ["1785", "Ann"]).nonzero().flatten().tolist()
     first, year, name = text.index("1785"), text.index(" 1785 ANN"), text.index(" ANN")
     spaces = [first - 1]  # a token of its own, as the decoder's answer " 1785" begins with one
     assert marked == sorted(
@@ -122,12 +136,13 @@ def test_evidence_finds_the_head_that_looks_at_the_answer(base_path, tokenizer, 
         attn.q_attn.bias.fill_(8.0)
         attn.k_attn.weight[2 * attn.head_dim : 3 * attn.head_dim, 0] = 8.0
 
-    def marked_states(model, tokenizer, text, max_tokens=None):
-        states = torch.randn(len(tokenizer(prompts.context(text))["input_ids"]), 32)
-        states[:, 0] = answer_mask(tokenizer, prompts.context(text), ["Ann"]).float()
-        return states[:max_tokens]
+    def marked_states(encoder, texts):
+        mask = answer_mask(tokenizer, texts[0], ["Ann"])
+        states = torch.randn(len(mask), 32)
+        states[:, 0] = mask.float()
+        return [states]
 
-    monkeypatch.setattr(attention, "encode_context", marked_states)
+    monkeypatch.setattr(Encoder, "encode", marked_states)
     row = {
         "question": QUESTION,
         "context": CONTEXT,
@@ -147,8 +162,3 @@ def test_evidence_finds_the_head_that_looks_at_the_answer(base_path, tokenizer, 
     assert found.share_mass > 0.99
     assert 0 < found.chance < 0.2
     assert evidence(model, tokenizer, [row | others[0]]) is None
-
-
-def test_a_context_is_cut_to_what_was_encoded(model, tokenizer):
-    assert encode_context(model, tokenizer, "x" * 1000).shape == (256, 32)
-    assert encode_context(model, tokenizer, "x" * 1000, 20).shape == (20, 32)

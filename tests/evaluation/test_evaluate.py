@@ -9,14 +9,21 @@ import pytest
 import torch
 
 from dssk.commands import evaluate as command
-from dssk.errors import DsskError
-from dssk.evaluation.evaluate import CONTROLS, CrossAttentionSystem, control_list, output_folder, trials
-from dssk.evaluation.predictions import answer_all, discard_partial
+from dssk.errors import DsskError, Locked
+from dssk.evaluation.evaluate import (
+    CONTROLS,
+    CrossAttentionSystem,
+    control_list,
+    left_out,
+    output_folder,
+    trials,
+)
+from dssk.evaluation.predictions import answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import load_questions
 from dssk.inference.loading import load_model
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.utils.ranks import Ranks
-from tests.conftest import REPOSITORY, fused
+from tests.conftest import REPOSITORY, fused, question_rows
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +93,36 @@ def test_rows_that_a_control_does_not_fit_go_without_it(checkpoint, base_path, t
     questions = load_questions(str(file), tokenizer, model.config)
     (answers,) = CrossAttentionSystem(model, tokenizer, questions, max_new_tokens=2)([0])
     assert set(answers) == {"with_context", "no_context", "shuffled_tokens"}
+    assert left_out({control: trials(control, questions) for control in CONTROLS}) == [
+        "wrong_context leaves out 1 of 1 questions: there is no other context",
+        "other_question leaves out 1 of 1 questions: their context has no second question",
+    ]
+
+
+def test_what_a_control_leaves_out_is_said(checkpoint, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [*question_rows(4), {"context": "alone", "question": "q", "answer": "a"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset", file, "--max_new_tokens", 2, "--output", tmp_path / "out" / "scores.json"]
+    run_evaluate(monkeypatch, "--checkpoint", checkpoint, *flags)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dssk:")]
+    assert said == ["dssk: other_question leaves out 1 of 5 questions: their context has no second question"]
+
+
+def test_two_evaluations_into_one_folder_do_not_meet(checkpoint, store_path, tmp_path, monkeypatch):
+    """The second says who holds it, whatever name its scores are to have."""
+    predictions = tmp_path / "predictions.jsonl"
+    flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--output", tmp_path / "other.json"]
+    with only_writer(predictions, Ranks(0, 1, 0)), pytest.raises(Locked, match="pid"):
+        run_evaluate(monkeypatch, *flags)
+    assert not list(tmp_path.iterdir())
 
 
 class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path, tmp_path):
+def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path, tmp_path, capsys):
     model, tokenizer = load_model(checkpoint)
     questions = load_questions(str(store_path), tokenizer, model.config)
     system = CrossAttentionSystem(model, tokenizer, questions, ["with_context"], max_new_tokens=4)
@@ -118,7 +148,24 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path,
     calls.clear()
     assert answer_all(questions, counting, path, {}, 2, alone) == whole
     assert len(calls) == len(questions) // 2 - 1
+    assert f"dssk: 3 of {len(questions)} questions were answered before" in capsys.readouterr().err
     assert path.read_bytes() == (tmp_path / "a" / "predictions.jsonl").read_bytes()
+
+
+def test_an_altered_byte_of_a_partial_file_changes_no_answer(checkpoint, store_path, tmp_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    path, alone = tmp_path / "predictions.jsonl", Ranks(0, 1, 0)
+
+    def system(rows):
+        return [{"with_context": (f"answer {row}", row / 7)} for row in rows]
+
+    whole = answer_all(questions, system, path, {}, 2, alone)
+    partial = path.with_name("predictions.partial.jsonl")
+    content = partial.read_bytes()
+    for place in range(0, len(content), 97):
+        partial.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert answer_all(questions, system, path, {}, 2, alone) == whole
 
 
 def test_partial_answers_of_other_settings_are_discarded(checkpoint, store_path, tmp_path):
@@ -136,7 +183,7 @@ def test_a_run_killed_with_9_goes_on_and_ends_in_the_same_files(
     flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--max_new_tokens", 8, "--batch_size", 1]
     run_evaluate(monkeypatch, *flags, "--output", tmp_path / "whole" / "scores.json")
     killed = tmp_path / "killed"
-    command = ["-m", "dssk.evaluation.evaluate", *map(str, flags), "--output", str(killed / "scores.json")]
+    command = ["-m", "dssk", "evaluate", *map(str, flags), "--output", str(killed / "scores.json")]
     process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY)
     partial = killed / "predictions.partial.jsonl"
     while not (partial.exists() and partial.read_text().count("\n") > 2):
@@ -216,5 +263,5 @@ def test_a_mistyped_control_is_named():
 
 
 def test_a_missing_store_is_refused(checkpoint, monkeypatch):
-    with pytest.raises(DsskError, match="no folder /nowhere"):
+    with pytest.raises(DsskError, match="/nowhere: no such folder"):
         run_evaluate(monkeypatch, "--checkpoint", checkpoint, "--data_path", "/nowhere")
