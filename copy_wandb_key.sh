@@ -5,4 +5,6 @@ set -eu
 set +x
 umask 077
 cd "$(dirname "$0")"
-exec python -m dssk.wandb_key
+python=.venv/bin/python  # of `make demo` and `make test`; else whichever Python is there
+[ -x "$python" ] || python=$(command -v python || command -v python3)
+exec "$python" -m dssk wandb_key

@@ -10,16 +10,20 @@ A folder made by dssk preproc opens as a library that can only be read.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dssk.utils.defaults import STORAGE_DTYPES
 from dssk.utils.flags import Parser, positive_int
 
+if TYPE_CHECKING:
+    from dssk.store.library import Context
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from dssk.store.library import ContextLibrary, describe
+    from dssk.store.library import ContextLibrary
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
@@ -30,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "list":
         for id in library:
             print(describe(library.get(id)))
+        if not len(library):
+            print(f"dssk: {args.library} holds no contexts", file=sys.stderr)
     elif args.command == "search":
-        for hit in library.search(args.question, args.k):
+        hits = library.search(args.question, args.k)
+        for hit in hits:
             print(f"{hit.score:6.2f}  {describe(library.get(hit.id))}")
+        if not hits:
+            print("dssk: no context shares a word with the question", file=sys.stderr)
     elif args.command == "remove":
         library.remove(args.ids)
     else:
@@ -41,17 +50,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def add(args: argparse.Namespace) -> None:
-    from dssk.store.library import ContextLibrary, describe, read_contexts
+    from dssk.data.contexts import read_contexts
+    from dssk.store.library import ContextLibrary
 
+    rows = [row for file in args.files for row in read_contexts(file)]  # before a new library is begun
     library = ContextLibrary(
         args.library,
         args.checkpoint,
         storage_dtype=args.storage_dtype,
         maximum_input_length=args.maximum_input_length,
     )
-    rows = [row for file in args.files for row in read_contexts(Path(file))]
-    texts, ids, titles = ([row[key] for row in rows] for key in ("context", "id", "title"))
-    print("\n".join(describe(library.get(id)) for id in library.add(texts, ids, titles)))
+    ids, titles, texts = zip(*rows, strict=True)
+    added = [library.get(id) for id in library.add(texts, ids, titles)]
+    print("\n".join(map(describe, added)))
+    if cut := [context.id for context in added if context.truncated]:
+        print(
+            f"dssk: longer than the {library.manifest.maximum_input_length} tokens that are kept of a context, so "
+            f"their ends are lost: {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}: divide them",
+            file=sys.stderr,
+        )
+
+
+def describe(context: "Context") -> str:
+    """One line about a context."""
+    cut = " (cut)" if context.truncated else ""
+    return f"{context.id}\t{context.n_tokens} tokens{cut}\t{context.title or ' '.join(context.text.split())[:60]}"
 
 
 def build_parser() -> Parser:
@@ -59,14 +82,17 @@ def build_parser() -> Parser:
     parser.add_argument(
         "library", metavar="DIR", help="folder of the library, or a store made by dssk preproc"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="add|list|search|remove|verify")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="add|list|search|remove|verify", help="what to do"
+    )
 
     add = commands.add_parser("add", help="encode contexts and keep them")
     add.add_argument(
         "files",
         metavar="FILE",
         nargs="+",
-        help="text (UTF-8), its name becomes the id; or .jsonl: context [, id, title]",
+        help="text (UTF-8), its name becomes the id; or rows of .jsonl, .json, .csv, .tsv, .parquet, .arrow: "
+        "context (or text) [, id, title]; .gz and .zst are unpacked",
     )
     add.add_argument(
         "--checkpoint",

@@ -1,6 +1,6 @@
 """The key of Weights & Biases on its way to a job: a file for its owner alone, never an argument or a log line.
 
-`./copy_wandb_key.sh` runs this module: it copies the key from `WANDB_API_KEY` or `~/.netrc` to `.wandb_key`.
+`dssk wandb_key` copies the key from `WANDB_API_KEY` or `~/.netrc` to `.wandb_key`.
 """
 
 import contextlib
@@ -8,21 +8,19 @@ import netrc
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError
 
 KEY_FILE = ".wandb_key"  # in .gitignore and .havenignore
 KEY_FILE_VARIABLE = "DSSK_WANDB_KEY_FILE"  # where a job finds it: the path is no secret
 MAX_KEY_BYTES = 4096
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def give_key_to_wandb() -> None:
     """Let wandb find the key of the key file, on rank 0 only; one of the environment or of `~/.netrc` comes first."""
-    path = Path(os.environ.get(KEY_FILE_VARIABLE) or REPOSITORY / KEY_FILE)
+    path = Path(os.environ.get(KEY_FILE_VARIABLE) or Path.cwd() / KEY_FILE)
     if os.environ.get("RANK", "0") == "0" and find_key() is None and os.path.lexists(path):
         os.environ["WANDB_API_KEY"] = read_key(path)
 
@@ -73,13 +71,3 @@ def write_key(path: Path) -> None:
         path.unlink()
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
         file.write(f"{key}\n")
-
-
-def main() -> None:
-    path = Path.cwd() / KEY_FILE
-    write_key(path)
-    print(f"the W&B key is in {path}, for jobs to read")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

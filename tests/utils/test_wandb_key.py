@@ -84,12 +84,42 @@ def test_links_loose_modes_and_folders_are_refused_for_writing_and_reading(home)
     loose.chmod(0o644)
     link.symlink_to(home / "elsewhere")
     folder.mkdir(mode=0o700)
-    for path in (loose, link, folder):
+    mine, link_to_mine, group = home / "mine", home / "link_to_mine", home / "group"
+    for path, mode in ((mine, 0o600), (group, 0o640)):
+        path.write_text("old")
+        path.chmod(mode)
+    link_to_mine.symlink_to(mine)
+    for path in (loose, link, folder, link_to_mine, group):
         for action in (write_key, read_key):
             with pytest.raises(DsskError, match=str(path)):
                 action(path)
     assert loose.read_text() == "old"
     assert not (home / "elsewhere").exists()
+
+
+def test_a_file_of_someone_else_is_refused(home, monkeypatch):
+    netrc(home)
+    write_key(home / "key")
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(DsskError, match="not a file of yours"):
+        read_key(home / "key")
+
+
+def test_the_script_finds_the_python_beside_it_when_none_is_on_the_path(home, tmp_path):
+    netrc(home)
+    script, python = tmp_path / "copy_wandb_key.sh", tmp_path / ".venv" / "bin" / "python"
+    script.write_bytes((REPOSITORY / script.name).read_bytes())
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    environment = {"PATH": str(tools), "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_key(tmp_path / ".wandb_key") == KEY
 
 
 def test_a_target_that_git_tracks_is_refused(home):
