@@ -41,6 +41,22 @@ BASE_CONFIG = {
     "seed": 0,
 }
 
+# Bases that are no StarCoder 1: blocks built as the base's own layers are, and room for each to learn apart.
+MODERN_CONFIG = {
+    **BASE_CONFIG,
+    "cross_attn_shared_weights": False,
+    "cross_attn_final_layer": True,
+    "cross_attn_num_key_value_heads": "base",
+    "cross_attn_norm": "base",
+    "cross_attn_mlp": "base",
+    "context_size": 4096,
+    "include_context_ids": False,  # most have no tokens for fill-in-the-middle
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 1e-2,
+    "fp16": False,
+    "bf16": True,
+}
+
 EXP_GROUPS = {
     # The embedded default: minutes on a laptop's CPU. Its base is made by `python -m dssk.models.make_base`.
     "crossattn_tiny": [
@@ -185,6 +201,151 @@ EXP_GROUPS = {
             "lr_scheduler_type": "cosine",
             "fp16": False,
             "bf16": True,
+        }
+    ],
+    # The Hub's; `dssk base smollm2 --output DIR` makes a 4-bit copy without it: --set model_path=DIR.
+    "crossattn_smollm2-135m": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 5,
+            "cross_attn_dropout_prob": 0.1,
+            "context_size": 2048,
+            "train_batch_size": 8,
+            "test_batch_size": 8,
+            "skip_steps": 4,
+            "learning_rate": 5e-4,
+            "gradient_checkpointing": False,
+        }
+    ],
+    "crossattn_qwen3-0.6b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "Qwen/Qwen3-0.6B",
+            "num_cross_attn_layers": 7,
+            "cross_attn_layers_stride": 4,
+            "context_size": 2048,
+            "train_batch_size": 4,
+            "test_batch_size": 4,
+            "skip_steps": 8,
+            "learning_rate": 4e-4,
+        }
+    ],
+    "crossattn_llama-3.2-1b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "meta-llama/Llama-3.2-1B",
+            "num_cross_attn_layers": 4,
+            "cross_attn_layers_stride": 4,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 16,
+            "context_size": 2048,
+            "train_batch_size": 4,
+            "test_batch_size": 4,
+            "skip_steps": 8,
+            "learning_rate": 4e-4,
+        }
+    ],
+    "crossattn_gemma-2-2b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "google/gemma-2-2b",
+            "num_cross_attn_layers": 5,
+            "cross_attn_layers_stride": 5,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "train_batch_size": 2,
+            "test_batch_size": 2,
+            "skip_steps": 16,
+            "learning_rate": 3e-4,
+        }
+    ],
+    "crossattn_starcoder2-3b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "bigcode/starcoder2-3b",
+            "num_cross_attn_layers": 5,
+            "cross_attn_layers_stride": 6,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 16,
+            "include_context_ids": True,
+            "train_batch_size": 2,
+            "test_batch_size": 2,
+            "skip_steps": 16,
+            "learning_rate": 3e-4,
+        }
+    ],
+    "crossattn_starcoder2-7b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "bigcode/starcoder2-7b",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 5,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "include_context_ids": True,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 2e-4,
+        }
+    ],
+    "crossattn_mistral-7b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "mistralai/Mistral-7B-v0.3",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 5,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 2e-4,
+        }
+    ],
+    "crossattn_llama-3.1-8b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "meta-llama/Llama-3.1-8B",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 5,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 2e-4,
+        }
+    ],
+    "crossattn_qwen3-8b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "Qwen/Qwen3-8B",
+            "num_cross_attn_layers": 6,
+            "cross_attn_layers_stride": 6,
+            "cross_attn_hidden_size": 1024,
+            "cross_attn_num_attention_heads": 8,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 2e-4,
+        }
+    ],
+    "crossattn_starcoder2-15b": [
+        {
+            **MODERN_CONFIG,
+            "model_path": "bigcode/starcoder2-15b",
+            "num_cross_attn_layers": 8,
+            "cross_attn_layers_stride": 4,
+            "cross_attn_hidden_size": 2048,
+            "cross_attn_num_attention_heads": 16,
+            "include_context_ids": True,
+            "train_batch_size": 1,
+            "test_batch_size": 1,
+            "skip_steps": 32,
+            "learning_rate": 1e-4,
         }
     ],
 }

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 from dssk.config import (
     ExperimentConfig,
@@ -12,22 +14,15 @@ from dssk.config import (
     parse_experiment,
 )
 from dssk.errors import DsskError
-from dssk.inference.auto import CrossAttnGPTBigCodeConfig
-from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import family, fused_config
 from dssk.models.modeling import is_cross_attn
+from dssk.models.shapes import window
+from dssk.training.published import PUBLISHED, published_config, table
 from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS
+from tests.conftest import REPOSITORY
 
-LAYERS_AND_HEADS = {  # of the published base models
-    "runs/demo/base": (2, 4),
-    "runs/squad/base": (3, 4),
-    "TabbyML/SantaCoder-1B": (24, 16),
-    "bigcode/starcoder": (40, 48),
-    "bigcode/starcoderbase-1b": (24, 16),
-    "bigcode/starcoderbase-3b": (36, 22),
-    "bigcode/starcoderbase-7b": (42, 32),
-    "HuggingFaceH4/starchat-alpha": (40, 48),
-}
+LOCAL_BASES = {"runs/demo/base": (2, 4), "runs/squad/base": (3, 4)}  # layers and heads
 EXPERIMENTS = [(group, exp) for group, exps in EXP_GROUPS.items() for exp in expand_group(exps)]
 
 
@@ -38,42 +33,76 @@ def test_every_key_of_the_base_configuration_is_known_and_none_is_missing():
 
 def test_the_experiments_of_version_0_1_keep_their_identity():
     """A new key in them would give their runs' folders other names, and their jobs would start afresh."""
-    assert experiment_id(expand_group(EXP_GROUPS["crossattn_starcoderbase-1b"])[0]) == "98fe9274d2a59e9761766e7c66b50571"
+    assert (
+        experiment_id(expand_group(EXP_GROUPS["crossattn_starcoderbase-1b"])[0])
+        == "98fe9274d2a59e9761766e7c66b50571"
+    )
     assert parse_experiment(BASE_CONFIG).cross_attn_norm == "layer_norm"
     assert parse_experiment(BASE_CONFIG).cross_attn_mlp == "plain"
+
+
+def base_config(path, **changes):
+    """The configuration of an experiment's base; `changes` by their names of today."""
+    if path in LOCAL_BASES:
+        layers, heads = LOCAL_BASES[path]
+        base = GPTBigCodeConfig(n_layer=layers, n_head=heads, n_embd=128, n_positions=512)
+    else:
+        base = published_config(path)
+    for key, value in changes.items():
+        setattr(base, key, value)
+    return base
 
 
 @pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
 def test_every_experiment_is_valid_and_fits_its_base_model(group, exp_dict):
     cfg = parse_experiment(exp_dict)
-    layers, heads = LAYERS_AND_HEADS[cfg.model_path]
-    model = CrossAttnGPTBigCodeConfig(
-        n_layer=layers, n_head=heads, n_embd=128 * heads, **cross_attn_fields(cfg)
-    )
+    base = base_config(cfg.model_path)
+    model = fused_config(base, **cross_attn_fields(cfg))
     assert len(model.cross_attn_layers) == cfg.num_cross_attn_layers
+    assert cfg.context_size <= window(base)
 
 
 @pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
 def test_every_experiment_trains_at_its_real_depth_and_toy_widths(group, exp_dict, tokens):
     cfg = parse_experiment(exp_dict)
-    layers, heads = LAYERS_AND_HEADS[cfg.model_path]
     fields = cross_attn_fields(cfg)
     if cfg.cross_attn_num_attention_heads is not None:
         fields["cross_attn_hidden_size"] = 2 * cfg.cross_attn_num_attention_heads
-    config = CrossAttnGPTBigCodeConfig(
-        **{"n_layer": layers, "n_head": heads, "n_embd": 2 * heads, "n_positions": 32, "vocab_size": 300},
-        **fields,
-    )
-    model = CrossAttnGPTBigCodeForCausalLM(config).train()
+    heads = base_config(cfg.model_path).num_attention_heads
+    toy = {
+        "hidden_size": 4 * heads,
+        "intermediate_size": 16,
+        "max_position_embeddings": 32,
+        "vocab_size": 300,
+    }
+    base = base_config(cfg.model_path, **toy, head_dim=4, n_inner=16, bos_token_id=0, eos_token_id=0)
+    model = family(base.model_type).causal_lm(fused_config(base, **fields)).train()
     ids = tokens(2, 6)
     model(ids, labels=ids, context_input_ids=tokens(2, 5)).loss.backward()
     gradients = {name for name, p in model.named_parameters() if p.grad is not None}
     assert gradients == set(filter(is_cross_attn, dict(model.named_parameters())))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_shapes_add_up_to_the_published_size(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(published_config(name))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted == PUBLISHED[name].get("parameters", counted)
+
+
+def test_the_table_of_what_a_run_needs_is_that_of_the_shipped_experiments():
+    shown = (REPOSITORY / "docs" / "training.md").read_text()
+    rows = table(EXP_GROUPS)
+    assert len(rows) == len(EXP_GROUPS) - len(LOCAL_BASES)
+    assert "\n".join(rows) in shown, "put the output of `table(EXP_GROUPS)` there"
+
+
 def test_the_groups_of_experiments_are_these():
     names = (
-        "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha"
+        "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha "
+        "smollm2-135m qwen3-0.6b llama-3.2-1b gemma-2-2b starcoder2-3b starcoder2-7b mistral-7b llama-3.1-8b "
+        "qwen3-8b starcoder2-15b"
     )
     assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()}
 

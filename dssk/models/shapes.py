@@ -33,6 +33,20 @@ def kv_cache_values(config: PretrainedConfig) -> int:
     return layers * _values_per_layer(text) if layers else 0
 
 
+def projected_values(config: PretrainedConfig) -> int:
+    """Keys and values that cross-attention blocks hold for each context token once it is projected."""
+    blocks = 1 if config.cross_attn_shared_weights else config.num_cross_attn_layers
+    head_dim = config.cross_attn_hidden_size // config.cross_attn_num_attention_heads
+    return blocks * 2 * config.cross_attn_num_key_value_heads * head_dim
+
+
+def mlp_values(config: PretrainedConfig) -> int:
+    """Width of the hidden layer of a decoder layer's MLP; of those that one token runs through, if it has experts."""
+    names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "ffn_dim")
+    width = next((w for name in names if (w := getattr(config, name, None))), 4 * config.hidden_size)
+    return width * (getattr(config, "num_experts_per_tok", None) or 1)
+
+
 def _attention_layers(config: PretrainedConfig) -> int:
     for name in _LAYER_TYPE_NAMES:
         if types := getattr(config, name, None):

@@ -6,21 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from dssk.config import ExperimentConfig
+from dssk.inference.auto import family, fused_config
 from dssk.inference.loading import load_base_config
-from dssk.models.configuration import CrossAttnConfig
-from dssk.models.modeling import CrossAttnForCausalLM, is_cross_attn
 from dssk.inference.rounding import encoding_bytes
+from dssk.models.configuration import num_attention_heads
+from dssk.models.loss import CHUNK_LOGITS
+from dssk.models.shapes import kv_cache_values, mlp_values, projected_values
 from dssk.store.format import Manifest
 from dssk.training.flags import RunArgs
 from dssk.utils.files import size
 
 FP32_BYTES = 4
 MOMENTS = 2  # that AdamW keeps of each weight
-# Values a decoder layer keeps for its backward pass, as multiples of the hidden size: two layer norms, query, key
-# and value, attention's output, two projections, and twice the 4-fold hidden layer of the MLP.
-KEPT_PER_LAYER = 16
+CACHE_BYTES = 2  # of a value of a KV cache, and of a projected context in 16 bits
+# Values that a decoder layer keeps for its backward pass beside its MLP's hidden layer, as multiples of the hidden
+# size: two norms, query, key and value, attention's output, two projections.
+KEPT_PER_LAYER = 8
+KEPT_OF_MLP = 2  # before and after the activation; what a gate adds is within the error
+KEPT_OF_LOGITS = 3  # themselves, their probabilities, their gradient
 RANKS_SHOWN = (1, 2, 4, 8)
 
 
@@ -45,18 +51,17 @@ class Estimate:
         return weights + (self.gradients + self.optimizer) // moments + self.activations
 
 
-def meta_model(cfg: ExperimentConfig) -> CrossAttnForCausalLM:
+def meta_model(cfg: ExperimentConfig, base: PreTrainedConfig) -> Any:
     """The model of an experiment with shapes and no values: seconds and no memory, whatever its size."""
-    base = load_base_config(cfg.model_path)
     ours = {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
     with torch.device("meta"):
         return family(base.model_type).causal_lm(fused_config(base, **ours))
 
 
-def estimate(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> Estimate:
+def estimate(cfg: ExperimentConfig, model: Any) -> Estimate:
     """Weights, gradients and moments exactly; activations roughly."""
-    trained = sum(p.numel() for n, p in model.named_parameters() if is_cross_attn(n))
-    frozen = sum(p.numel() for n, p in model.named_parameters() if not is_cross_attn(n))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     item = 2 if cfg.fp16 or cfg.bf16 else FP32_BYTES
     return Estimate(
         frozen_parameters=frozen,
@@ -65,7 +70,7 @@ def estimate(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> Estimate:
         trained=trained * FP32_BYTES,
         gradients=trained * FP32_BYTES,
         optimizer=MOMENTS * trained * FP32_BYTES,
-        activations=_activations(cfg, model.config) * item,
+        activations=_activations(cfg, model.config) * item + _logits(cfg, model.config) * FP32_BYTES,
         checkpoint=trained * checkpoint_bytes(cfg),
     )
 
@@ -75,14 +80,18 @@ def checkpoint_bytes(cfg: ExperimentConfig) -> int:
     return FP32_BYTES + MOMENTS * (2 if cfg.adam_moments == "bf16" else FP32_BYTES)
 
 
-def _activations(cfg: ExperimentConfig, config: CrossAttnConfig) -> int:
+def _activations(cfg: ExperimentConfig, config: Any) -> int:
     """Values kept for the backward pass of one micro-batch of the longest rows."""
     tokens = cfg.train_batch_size * cfg.context_size
-    hidden, width = config.n_embd, config.cross_attn_hidden_size or config.n_embd
-    layers = config.n_layer - min(config.cross_attn_layers)  # below there is nothing to differentiate
+    hidden, width = config.hidden_size, config.cross_attn_hidden_size
+    layers = config.num_hidden_layers - min(
+        config.cross_attn_layers
+    )  # below there is nothing to differentiate
     blocks = len(config.cross_attn_layers)
-    layer = KEPT_PER_LAYER * hidden
-    block = KEPT_PER_LAYER * width + 2 * width  # its own, and keys and values of the context
+    layer = KEPT_PER_LAYER * hidden + KEPT_OF_MLP * mlp_values(config)
+    block = (
+        KEPT_PER_LAYER + KEPT_OF_MLP * 4
+    ) * width + 2 * width  # its own, and keys and values of the context
     kept = (
         hidden * (layers + blocks) + layer + block
         if cfg.gradient_checkpointing
@@ -91,21 +100,29 @@ def _activations(cfg: ExperimentConfig, config: CrossAttnConfig) -> int:
     return tokens * kept
 
 
+def _logits(cfg: ExperimentConfig, config: Any) -> int:
+    """Values of the logits that exist at a time, and of what is made of them."""
+    return KEPT_OF_LOGITS * min(CHUNK_LOGITS, cfg.train_batch_size * cfg.context_size * config.vocab_size)
+
+
 def report(cfg: ExperimentConfig, run: RunArgs, exp_dict: dict[str, Any], data: Manifest) -> str:
     """All that `--dry_run` prints."""
-    model = meta_model(cfg)
+    model = meta_model(cfg, load_base_config(cfg.model_path))
     need = estimate(cfg, model)
     config = model.config
     total = need.frozen_parameters + need.trained_parameters
     side = "after" if config.cross_attn_final_layer else "before"
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     stored = 0 if data.storage_dtype is None else encoding_bytes(data.storage_dtype, data.hidden_size)
+    cached, projected = (
+        CACHE_BYTES * values for values in (kv_cache_values(config), projected_values(config))
+    )
     rows = cfg.train_batch_size * cfg.skip_steps * ranks
     kept = run.save_total_limit + 1
     lines = [
         json.dumps(exp_dict, indent=2),
-        f"base         {config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {need.frozen_parameters:,} "
-        "parameters, frozen",
+        f"base         {config.num_hidden_layers} layers x {config.hidden_size}, {num_attention_heads(config)} heads, "
+        f"{need.frozen_parameters:,} parameters, frozen",
         f"blocks       {side} decoder layers {', '.join(map(str, config.cross_attn_layers))}; "
         f"{need.trained_parameters:,} parameters, trained ({need.trained_parameters / total:.2%})",
         f"step         {cfg.train_batch_size} rows x {cfg.skip_steps} accumulated x {ranks} ranks = {rows} rows, "
@@ -120,6 +137,7 @@ def report(cfg: ExperimentConfig, run: RunArgs, exp_dict: dict[str, Any], data: 
             f"  {name:13} {''.join(f'{size(need.per_rank(engine, n)):>12}' for n in RANKS_SHOWN)}"
             for name, engine in (("torchrun", "ddp"), ("ZeRO-2", "zero2"), ("ZeRO-3, FSDP2", "zero3"))
         ),
+        f"a token      {stored:,} bytes stored, {projected:,} projected; {cached:,} in the base's KV cache",
         f"encodings    {size(stored * data.counts.tokens)} for {data.counts.contexts:,} contexts",
         f"checkpoints  {size(need.checkpoint)} each, {size(kept * need.checkpoint)} for {kept}",
         f"fused model  {size(need.frozen + need.trained)} each",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dssk.models.shapes import UNBOUNDED, kv_cache_values, window
+from dssk.inference.auto import family, fused_config
+from dssk.models.shapes import UNBOUNDED, kv_cache_values, mlp_values, projected_values, window
 
 TOKENS = 7
 SIZES = {
@@ -90,6 +91,32 @@ def test_the_text_part_of_a_composite_configuration_counts():
     )
     assert window(whole) == 77
     assert kv_cache_values(whole) == kv_cache_values(whole.text_config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_cross_attn_layers": 2, "cross_attn_layers_stride": 2},
+        {"num_cross_attn_layers": 2, "cross_attn_shared_weights": True},
+        {"num_cross_attn_layers": 3, "cross_attn_num_key_value_heads": "base"},
+        {
+            "cross_attn_hidden_size": 32,
+            "cross_attn_num_attention_heads": 8,
+            "cross_attn_num_key_value_heads": 2,
+        },
+    ],
+)
+def test_projected_values_are_those_of_a_projected_context(fields):
+    config = fused_config(tiny_config("llama"), **fields)
+    context = family("llama").causal_lm(config).project_context(torch.randn(1, TOKENS, 64))
+    assert projected_values(config) == context.nbytes / 4 / TOKENS
+
+
+def test_the_width_of_an_mlp_counts_the_experts_of_one_token():
+    assert mlp_values(tiny_config("llama")) == 64
+    assert mlp_values(tiny_config("gpt2")) == 4 * 64
+    assert mlp_values(tiny_config("opt")) == 64
+    assert mlp_values(tiny_config("qwen3_moe", **{**EXPERTS, "num_experts_per_tok": 2})) == 2 * 32
 
 
 def tiny_config(family, **fields):

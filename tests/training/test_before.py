@@ -17,8 +17,10 @@ from dssk.checkpoint import latest_checkpoint
 from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DsskError
+from dssk.inference.loading import load_base_config
 from dssk.training.deepspeed_config import check_deepspeed_config
 from dssk.training.estimate import estimate, meta_model
+from dssk.training.published import published_config
 from dssk.training.run import build_model
 from dssk.training.wandb_report import WandbReport, answers, check_wandb, wandb_mode
 from exp_configs import BASE_CONFIG, EXP_GROUPS
@@ -207,7 +209,7 @@ def test_the_estimate_equals_what_a_real_run_of_the_3b_layout_takes(tmp_path, st
     from dssk.inference.tokenizer import load_tokenizer
 
     model = build_model(cfg, load_tokenizer(base))
-    need = estimate(cfg, meta_model(cfg))
+    need = estimate(cfg, meta_model(cfg, load_base_config(cfg.model_path)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     ids = torch.ones(1, 4, dtype=torch.long)
@@ -239,6 +241,20 @@ def test_a_dry_run_of_the_largest_model_takes_seconds_and_trains_nothing(run, mo
     assert "base         40 layers x 6144, 48 heads, 15,517,456,384 parameters, frozen" in said
     assert "before decoder layers 39, 35, 31, 27, 23, 19, 15, 11" in said
     assert '"num_cross_attn_layers": 8' in said
+    assert "a token      64 bytes stored, 24,576 projected; 20,480 in the base's KV cache" in said
+    assert not folder.exists()
+
+
+def test_a_dry_run_knows_another_family(run, monkeypatch, capsys):
+    base = published_config("meta-llama/Llama-3.1-8B")
+    monkeypatch.setattr("dssk.training.run.load_base_config", lambda path: base)
+    monkeypatch.setattr("dssk.training.estimate.load_base_config", lambda path: base)
+    monkeypatch.setattr("dssk.training.run.check_model", lambda manifest, path: None)
+    folder = run("--dry_run", **EXP_GROUPS["crossattn_llama-3.1-8b"][0])
+    said = capsys.readouterr().out
+    assert "base         32 layers x 4096, 32 heads, 8,030,261,248 parameters, frozen" in said
+    assert "after decoder layers 31, 26, 21, 16, 11, 6" in said
+    assert "6,144 projected; 131,072 in the base's KV cache" in said
     assert not folder.exists()
 
 
@@ -247,7 +263,7 @@ def test_the_bytes_of_a_checkpoint_are_estimated_within_ten_percent(run, base_pa
     cfg = parse_experiment(experiment(base_path))
     tensors = [folder / "model.safetensors", folder / "optimizer.safetensors"]
     assert sum(f.stat().st_size for f in tensors) == pytest.approx(
-        estimate(cfg, meta_model(cfg)).checkpoint, rel=0.1
+        estimate(cfg, meta_model(cfg, load_base_config(cfg.model_path))).checkpoint, rel=0.1
     )
 
 
