@@ -14,11 +14,11 @@ from dssk.utils.flags import Parser, bool_flag, positive_int
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from dssk.research.compare import compare_and_show
+    from dssk.research.compare import Comparison, compare_and_show
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
-    compare_and_show(args)
+    compare_and_show(Comparison(**vars(args)))
 
 
 def build_parser() -> Parser:

@@ -43,7 +43,7 @@ def find_run(path: str | Path) -> Path:
 
 
 def read_run(path: str | Path, comparison: str | Path | None = None, data: str | None = None) -> RunFiles:
-    """Read a run's files, and those that `dssk.evaluation.compare` wrote to the folder `comparison`.
+    """Read a run's files, and those that `dssk compare` wrote to the folder `comparison`.
 
     `data` names one of the comparison's sets of questions: then, or if the run has not been scored by itself, scores
     and predictions are the comparison's (of its first set if `data` is not given).
@@ -62,7 +62,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         return run
     compared = Path(comparison)
     if not (compared / "table.json").is_file():
-        raise DsskError(f"no table.json in {comparison}: want the --output of dssk.evaluation.compare")
+        raise DsskError(f"no table.json in {comparison}: want the --output of dssk compare")
     run.table = _json(compared / "table.json", [])
     run.cost = _json(compared / "cost.json", [])
     sets = list(dict.fromkeys(str(row["data"]) for row in run.table if row.get("data")))

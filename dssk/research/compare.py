@@ -6,23 +6,23 @@ context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned
 the same command goes on where it was stopped.
 """
 
-import json
 import tempfile
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dssk.errors import DsskError
-from dssk.evaluation.predictions import answer_all, discard_partial
+from dssk.evaluation.predictions import answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
 from dssk.evaluation.scores import score
+from dssk.models.shapes import window
 from dssk.research import cost
 from dssk.research.prompted import cache_bytes_per_token, make_prompt
-from dssk.research.systems import HEURISTICS, Systems
+from dssk.research.systems import HEURISTICS, Comparison, Systems
 from dssk.utils import files
 from dssk.utils.defaults import CONTROLS, SYSTEMS
 from dssk.utils.flags import nearest
+from dssk.utils.json_files import read_json
 from dssk.utils.ranks import Ranks
 
 TABLE, COST = "table.json", "cost.json"
@@ -32,12 +32,12 @@ COST_COLUMNS = ("trained_parameters", "bytes_per_context_token", "first_token_s"
 Row = dict[str, Any]
 
 
-def compare(args: Namespace) -> list[Row]:
+def compare(wanted: Comparison) -> list[Row]:
     """Answer with every system, measure what answering costs, and write the table."""
-    names = system_list(args.systems)
-    files.make_folder(Path(args.output))
-    systems = Systems(args)
-    sets = question_sets(systems, args)
+    names = system_list(wanted.systems)
+    files.make_folder(Path(wanted.output))
+    systems = Systems(wanted)
+    sets = question_sets(systems)
     scores = {
         (data, name): answer(systems, name, data, questions)
         for name in [*names, *HEURISTICS]
@@ -56,10 +56,11 @@ def compare(args: Namespace) -> list[Row]:
     return table
 
 
-def question_sets(systems: Systems, args: Namespace) -> dict[str, QuestionSet]:
+def question_sets(systems: Systems) -> dict[str, QuestionSet]:
     """The sets to score on by name: `val` of the store, then those of `--eval`."""
-    paths = {"val": args.data_path}
-    for entry in args.eval:
+    wanted = systems.wanted
+    paths = {"val": wanted.data_path}
+    for entry in wanted.eval:
         name, separator, path = entry.partition("=")
         if not separator or not name.replace("_", "").replace("-", "").isalnum() or name in paths:
             raise DsskError(
@@ -67,9 +68,9 @@ def question_sets(systems: Systems, args: Namespace) -> dict[str, QuestionSet]:
             )
         paths[name] = path
     for path in paths.values():
-        check_encodings(path, systems.folder, systems.config)
+        check_encodings(path, systems.folder)
     return {
-        name: load_questions(path, systems.tokenizer, systems.config, limit=args.max_questions)
+        name: load_questions(path, systems.tokenizer, systems.config, limit=wanted.max_questions)
         for name, path in paths.items()
     }
 
@@ -80,12 +81,13 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet) -> di
     label = f"{data}-{name.replace('/', '-')}"
     file = systems.output / f"scores-{label}.json"
     path = systems.output / f"predictions-{label}.jsonl"
-    if file.is_file() and path.is_file():
-        kept = json.loads(file.read_text())
-        if kept["settings"] == settings:
-            return kept["scores"]
+    kept = read_json(file, dict) if file.is_file() and path.is_file() else {}
+    if kept.get("settings") == settings and "scores" in kept:
+        return kept["scores"]
     system = systems.answering(name, questions)
-    predictions = answer_all(questions, system, path, settings, systems.args.eval_batch_size, Ranks(0, 1, 0))
+    predictions = answer_all(
+        questions, system, path, settings, systems.wanted.eval_batch_size, Ranks(0, 1, 0)
+    )
     scores = score(predictions, CONTROLS)
     files.publish_json(file, {"settings": settings, "scores": scores})
     discard_partial(path)
@@ -94,7 +96,7 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet) -> di
 
 def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:
     """The cost columns of all systems, measured together on some of the questions."""
-    positions = systems.config.max_position_embeddings
+    positions = window(systems.config)
     chosen = [
         make_prompt(systems.tokenizer, questions.rows[i], positions, cost.NEW_TOKENS)
         for i in spread(len(questions), TIMED_QUESTIONS)
@@ -171,14 +173,20 @@ def system_list(text: str) -> list[str]:
     return [system for system in SYSTEMS if system in names]
 
 
-def compare_and_show(args: Namespace) -> None:
-    """Do what the flags of `dssk compare` say."""
-    table = compare(args)
-    print(f"{render(table)}\n{Path(args.output) / TABLE}")
-    file = Path(args.output) / COST
-    if args.medium_cost and not file.is_file():
-        with tempfile.TemporaryDirectory(dir=args.output) as folder:
+def compare_and_show(wanted: Comparison) -> None:
+    """What `dssk compare` does."""
+    output = Path(wanted.output)
+    with only_writer(output / TABLE, Ranks(0, 1, 0)):
+        table = compare(wanted)
+        print(f"{render(table)}\n{output / TABLE}")
+        show_medium_cost(output / COST, wanted.medium_cost)
+
+
+def show_medium_cost(file: Path, measure: bool) -> None:
+    """Print what a larger model's answers cost; `measure` it unless that was done before."""
+    if measure and not file.is_file():
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             files.publish_json(file, cost.medium(Path(folder)))
     if file.is_file():
         print(f"random weights, contexts of {cost.MEDIUM_CONTEXT} tokens")
-        print(f"{render(json.loads(file.read_text()))}\n{file}")
+        print(f"{render(read_json(file, list))}\n{file}")

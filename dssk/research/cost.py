@@ -5,7 +5,6 @@ does. Encodings and KV caches lie in one safetensors file for each context and a
 take turns and medians count, so that a busy machine is unfair to none.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,22 +13,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import GPTBigCodeForCausalLM
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from dssk.models.configuration import CrossAttnGPTBigCodeConfig
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import family
+from dssk.inference.encoding import Encoder
+from dssk.inference.generation import context_batch
+from dssk.inference.loading import FusedModel, device
+from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
+from dssk.inference.timing import Clock
 from dssk.research.prompted import PrefixCache, Prompt, cache_bytes_per_token
 from dssk.utils import files
 
 NEW_TOKENS = 17
 # A model of 124 million parameters, as large as answers in seconds on a CPU; blocks as in the base experiment.
 MEDIUM: dict[str, Any] = {
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
     "vocab_size": 49152,
-    "n_positions": 2048,
+    "max_position_embeddings": 2048,
     "num_cross_attn_layers": 4,
     "cross_attn_layers_stride": 2,
     "cross_attn_shared_weights": True,
@@ -37,30 +40,6 @@ MEDIUM: dict[str, Any] = {
 MEDIUM_CONTEXT, MEDIUM_QUESTION, MEDIUM_CONTEXTS = 1500, 16, 3
 
 Generate = Callable[[Prompt, BaseStreamer], Any]
-
-
-class Clock(BaseStreamer):
-    """When each token came, in seconds since the clock was made."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.seconds: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter() - self.start)  # the first call is with the prompt
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def first_token(self) -> float:
-        """Seconds to the first new token."""
-        return self.seconds[1]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The rate of those after it."""
-        return (len(self.seconds) - 2) / (self.seconds[-1] - self.seconds[1])
 
 
 def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
@@ -86,12 +65,12 @@ def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str
     }
 
 
-def prompting(model: GPTBigCodeForCausalLM) -> Generate:
+def prompting(model: PreTrainedModel) -> Generate:
     """Read the whole prompt."""
     return lambda prompt, clock: _generate(model, prompt.tokens, clock)
 
 
-def prefix_cached(model: GPTBigCodeForCausalLM, prompts: Sequence[Prompt], folder: Path) -> Generate:
+def prefix_cached(model: PreTrainedModel, prompts: Sequence[Prompt], folder: Path) -> Generate:
     """Read the context's keys and values from disk, then the question."""
     cache = PrefixCache(model, folder)
     for prompt in prompts:
@@ -101,22 +80,20 @@ def prefix_cached(model: GPTBigCodeForCausalLM, prompts: Sequence[Prompt], folde
     )
 
 
-def cross_attending(
-    model: CrossAttnGPTBigCodeForCausalLM, prompts: Sequence[Prompt], folder: Path
-) -> Generate:
+def cross_attending(model: FusedModel, prompts: Sequence[Prompt], folder: Path) -> Generate:
     """Read the context's encodings from disk, project them, then read the question."""
     files.make_folder(folder)
     paths = {}
     for number, prompt in enumerate(prompts):
-        states, _ = model.encode(torch.tensor([prompt.context], device=model.device))
+        (states,) = Encoder(model).encode([""], input_ids=[prompt.context])
         paths[tuple(prompt.context)] = folder / f"{number}.safetensors"
-        save_file({"states": states.to(torch.bfloat16).cpu().contiguous()}, paths[tuple(prompt.context)])
+        save_file({"states": states.cpu().contiguous()}, paths[tuple(prompt.context)])
 
     def generate(prompt: Prompt, clock: BaseStreamer) -> None:
         with torch.no_grad():
-            states = load_file(paths[tuple(prompt.context)])["states"].to(model.device)
-            context = model.project_context(states)
-        _generate(model, prompt.question, clock, context=context)
+            states = load_file(paths[tuple(prompt.context)])["states"]
+            context = context_batch(model, [states])
+        _generate(model, prompt.question, clock, **context)
 
     return generate
 
@@ -129,7 +106,7 @@ def _generate(model: Any, tokens: list[int], clock: BaseStreamer, **kwargs: Any)
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
-        pad_token_id=model.config.eos_token_id,
+        pad_token_id=0,  # one row: nothing is padded
         streamer=clock,
         **kwargs,
     )
@@ -141,9 +118,10 @@ def medium(folder: Path) -> list[dict[str, Any]]:
     Its weights are random, so there is nothing to score.
     """
     torch.manual_seed(0)
-    config = CrossAttnGPTBigCodeConfig(**MEDIUM, bos_token_id=0, eos_token_id=0)
-    model = CrossAttnGPTBigCodeForCausalLM(config).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    classes = family("gpt_bigcode")
+    config = classes.config(**MEDIUM, bos_token_id=0, eos_token_id=0)
+    model = classes.causal_lm(config).eval()
+    model.to(device())
     context, question = (
         torch.randint(5, config.vocab_size, (MEDIUM_CONTEXTS, count)).tolist()
         for count in (MEDIUM_CONTEXT, MEDIUM_QUESTION)
@@ -157,7 +135,7 @@ def medium(folder: Path) -> list[dict[str, Any]]:
     }
     costs = measure(systems, prompts)
     num_bytes = {
-        "cross_attention": model.config.n_embd * torch.bfloat16.itemsize,
+        "cross_attention": encoding_bytes(DEFAULT_STORAGE, model.config.hidden_size),
         "prompted": 0,
         "prompted_prefix_cache": cache_bytes_per_token(model),
     }

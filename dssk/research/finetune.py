@@ -4,7 +4,6 @@ transformers' Trainer on either all weights or LoRA's (peft); the result is kept
 with the same settings.
 """
 
-import json
 import shutil
 import sys
 import warnings
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
-    GPTBigCodeForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -26,18 +25,19 @@ from transformers import (
     set_seed,
 )
 
-from dssk.data.dataset import IGNORED
 from dssk.errors import Diverged, DsskError
 from dssk.evaluation.questions import Question
-from dssk.inference.base import load_base
-from dssk.inference.generate import answer_tokens
+from dssk.inference.batching import IGNORED
+from dssk.inference.loading import load_base
+from dssk.inference.tokenizer import tokenize_answer
+from dssk.models.shapes import window
 from dssk.research.prompted import make_prompt
 from dssk.utils import files
 from dssk.utils.console import watched
+from dssk.utils.json_files import read_json
 
 SETTINGS_FILE = "settings.json"
 # Multiples of the rate that the blocks were trained at; the best of those tried on the toy.
-# DEL
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def fine_tuned(
     questions: Sequence[Question],
     settings: FineTuning,
     folder: Path,
-) -> tuple[GPTBigCodeForCausalLM, int]:
+) -> tuple[PreTrainedModel, int]:
     """The model trained by `settings`, from `folder` if it is there, and how many parameters were trained."""
     file = folder / SETTINGS_FILE
-    if not file.is_file() or json.loads(file.read_text())["settings"] != asdict(settings):
+    if not file.is_file() or read_json(file, dict).get("settings") != asdict(settings):
         _train(base_path, revision, tokenizer, questions, settings, folder)
-    facts = json.loads(file.read_text())
+    facts = read_json(file, dict)
     if settings.method == "full":
         model = load_base(folder, dtype=torch.float32)
     else:
@@ -93,7 +93,7 @@ def _train(
     )
     set_seed(settings.seed)
     model = load_base(base_path, revision, dtype=torch.float32).requires_grad_(True)
-    positions = model.config.max_position_embeddings
+    positions = window(model.config)
     if settings.method == "lora":
         rank = settings.lora_rank
         config = _peft().LoraConfig(
@@ -122,7 +122,7 @@ def _train(
 def _example(
     tokenizer: PreTrainedTokenizerBase, question: Question, positions: int, loss_on: str
 ) -> dict[str, list[int]]:
-    answer = answer_tokens(tokenizer, question.answers[0])
+    answer = tokenize_answer(tokenizer, question.answers[0])
     prompt = make_prompt(tokenizer, question, positions, len(answer))
     asked = prompt.question if loss_on == "all" else [IGNORED] * len(prompt.question)
     return {

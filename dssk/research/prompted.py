@@ -12,14 +12,14 @@ import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save
-from transformers import DynamicCache, GPTBigCodeForCausalLM, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dssk import prompts
+from dssk.errors import DsskError
 from dssk.evaluation.predictions import Answers
 from dssk.evaluation.questions import Question, QuestionSet
-from dssk.inference.answering import tokenize_context
-from dssk.inference.base import kv_cache_values
-from dssk.inference.generate import MAX_NEW_TOKENS, Tokens, answer_tokens, generate_batch, nll_batch
+from dssk.inference.generation import MAX_NEW_TOKENS, Tokens, generate_batch, nll_batch
+from dssk.inference.tokenizer import tokenize_answer, tokenize_context, tokenize_question_after_context
+from dssk.models.shapes import kv_cache_values, window
 from dssk.utils import files
 
 
@@ -40,8 +40,7 @@ def make_prompt(
 ) -> Prompt:
     """The prompt for a question, with room for `new_tokens` after it in a model of so many positions."""
     context = tokenize_context(tokenizer, asked.context)
-    text = prompts.question_after_context(asked.question)
-    question = tokenizer(text, add_special_tokens=False)["input_ids"]
+    question = tokenize_question_after_context(tokenizer, asked.question)
     room = max(positions - len(question) - new_tokens, 0)
     return Prompt(context[:room], question, len(context) > room)
 
@@ -51,7 +50,7 @@ class PromptedSystem:
 
     def __init__(
         self,
-        model: GPTBigCodeForCausalLM,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         questions: QuestionSet,
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -59,8 +58,8 @@ class PromptedSystem:
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
-        self.targets = [answer_tokens(tokenizer, row.answers[0]) for row in questions.rows]
-        positions = model.config.max_position_embeddings
+        self.targets = [tokenize_answer(tokenizer, row.answers[0]) for row in questions.rows]
+        positions = window(model.config)
         self.prompts = [
             make_prompt(tokenizer, row, positions, max(max_new_tokens, len(target)))
             for row, target in zip(questions.rows, self.targets, strict=True)
@@ -73,11 +72,10 @@ class PromptedSystem:
 
     def __call__(self, rows: list[int]) -> list[Answers]:
         chosen, targets = [self.prompts[row] for row in rows], [self.targets[row] for row in rows]
-        with torch.no_grad():
-            texts = generate_batch(
-                self.model, self.tokenizer, max_new_tokens=self.max_new_tokens, **self._inputs(chosen)
-            )
-            losses = nll_batch(self.model, self.tokenizer, targets=targets, **self._inputs(chosen))
+        texts = generate_batch(
+            self.model, self.tokenizer, max_new_tokens=self.max_new_tokens, **self._inputs(chosen)
+        )
+        losses = nll_batch(self.model, self.tokenizer, targets=targets, **self._inputs(chosen))
         return [{"with_context": answer} for answer in zip(texts, losses, strict=True)]
 
     def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:
@@ -89,7 +87,7 @@ class PrefixCachedSystem(PromptedSystem):
 
     def __init__(
         self,
-        model: GPTBigCodeForCausalLM,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         questions: QuestionSet,
         folder: Path,
@@ -113,7 +111,11 @@ class PrefixCache:
     The folder must belong to one model.
     """
 
-    def __init__(self, model: GPTBigCodeForCausalLM, folder: Path):
+    def __init__(self, model: PreTrainedModel, folder: Path):
+        if kv_cache_values(model.config) == 0:
+            raise DsskError(
+                f"a {model.config.model_type} model has no KV cache: leave prompted_prefix_cache out"
+            )
         self.model = model
         self.folder = folder
         files.make_folder(folder)
@@ -144,7 +146,11 @@ class PrefixCache:
     def _write(self, context: Tokens) -> None:
         with torch.no_grad():
             ids = torch.tensor([context], device=self.model.device)
-            layers = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+            # Without a configuration the cache holds every token, also in layers that look back only so far.
+            cache = DynamicCache()
+            layers = self.model(
+                ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).past_key_values.layers
         tensors = {
             "keys": torch.cat([layer.keys for layer in layers]).cpu().contiguous(),
             "values": torch.cat([layer.values for layer in layers]).cpu().contiguous(),
@@ -158,6 +164,6 @@ class PrefixCache:
         return self.folder / f"{digest}.safetensors"
 
 
-def cache_bytes_per_token(model: GPTBigCodeForCausalLM) -> int:
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values that a model keeps for a token, in its own type."""
     return kv_cache_values(model.config) * model.dtype.itemsize

@@ -1,23 +1,22 @@
 """The systems that are compared: how each is made, by which settings, and what answers with it."""
 
-from argparse import Namespace
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GPTBigCodeForCausalLM
+from transformers import PreTrainedModel
 
-from dssk import prompts
 from dssk.checkpoint import MANIFEST, load_manifest
 from dssk.errors import DsskError
 from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint
 from dssk.evaluation.predictions import System
 from dssk.evaluation.questions import QuestionSet, load_questions
-from dssk.inference.base import load_base
 from dssk.inference.fingerprint import model_fingerprint
-from dssk.inference.loading import find_model, load_model
+from dssk.inference.loading import device, find_model, load_base, load_model
+from dssk.inference.tokenizer import template_version
+from dssk.models.shapes import window
 from dssk.research.finetune import FineTuning, fine_tuned
 from dssk.research.heuristics import HeuristicSystem
 from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
@@ -27,26 +26,42 @@ HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
 _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared and how: the flags of `dssk compare`."""
+
+    checkpoint: str
+    data_path: str  # store: trains on its train split, scores on val
+    output: str
+    systems: str  # with commas between
+    eval: Sequence[str]  # NAME=STORE_OR_FILE
+    max_questions: int | None  # of each set; None: all
+    eval_batch_size: int  # questions answered at a time
+    max_new_tokens: int
+    steps: int | None  # of fine-tuning; None, here and below: as the checkpoint's
+    batch_size: int | None  # prompts a step
+    learning_rate: float | None  # at its peak
+    lora_rank: int
+    seed: int  # of the order of rows
+    medium_cost: bool  # also measure a random model of 124 million parameters
+
+
 class Systems:
-    """A checkpoint and everything that is compared with it on its base; a model is made when first asked for.
+    """A checkpoint and everything that is compared with it on its base; a model is made when first asked for."""
 
-    `args` are the flags of `dssk compare`.
-    """
-
-    def __init__(self, args: Namespace):
-        self.args = args
-        self.output = Path(args.output)
-        self.folder = find_model(args.checkpoint)
-        self.fused, self.tokenizer = load_model(self.folder)
-        self.fused.to("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, wanted: Comparison):
+        self.wanted = wanted
+        self.output = Path(wanted.output)
+        self.folder = find_model(wanted.checkpoint)
+        self.fused, self.tokenizer = load_model(self.folder, device=device())
         self.config = self.fused.config
         if not self.config.base_model_name_or_path:
             raise DsskError(
                 f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
             )
-        self._plain: dict[str, tuple[GPTBigCodeForCausalLM, int]] = {}
+        self._plain: dict[str, tuple[PreTrainedModel, int]] = {}
 
-    def model(self, system: str) -> GPTBigCodeForCausalLM:
+    def model(self, system: str) -> PreTrainedModel:
         """The model that answers for a system."""
         return self.fused if system == "cross_attention" else self._get(system)[0]
 
@@ -54,7 +69,7 @@ class Systems:
         """How many parameters were trained to make a system from the base."""
         return self.fused.trainable_parameters()[0] if system == "cross_attention" else self._get(system)[1]
 
-    def _get(self, system: str) -> tuple[GPTBigCodeForCausalLM, int]:
+    def _get(self, system: str) -> tuple[PreTrainedModel, int]:
         """A plain model and how many of its parameters were trained."""
         name = system if system in _METHODS else "base"
         if name not in self._plain:
@@ -62,11 +77,11 @@ class Systems:
             self._plain[name] = model.to(self.fused.device), trained
         return self._plain[name]
 
-    def _base(self) -> GPTBigCodeForCausalLM:
+    def _base(self) -> PreTrainedModel:
         config = self.config
         return load_base(config.base_model_name_or_path, config.base_model_revision, dtype=self.fused.dtype)
 
-    def _fine_tuned(self, system: str) -> tuple[GPTBigCodeForCausalLM, int]:
+    def _fine_tuned(self, system: str) -> tuple[PreTrainedModel, int]:
         return fine_tuned(
             self.config.base_model_name_or_path,
             self.config.base_model_revision,
@@ -78,11 +93,11 @@ class Systems:
 
     @cached_property
     def train_questions(self) -> QuestionSet:
-        return load_questions(self.args.data_path, self.tokenizer, self.config, "train")
+        return load_questions(self.wanted.data_path, self.tokenizer, self.config, "train")
 
     def fine_tuning(self, system: str) -> FineTuning:
         """How a system is trained: as long and on as many rows a step as the checkpoint, if flags say nothing else."""
-        args, experiment = self.args, self._experiment
+        wanted, experiment = self.wanted, self._experiment
         method = _METHODS[system]
         rows = experiment.get("train_batch_size", 32) * experiment.get("skip_steps", 1)
         return FineTuning(
@@ -90,11 +105,12 @@ class Systems:
             base=self.base_fingerprint,
             data=self.train_questions.fingerprint,
             loss_on=experiment.get("loss_on", "all"),
-            steps=args.steps or experiment.get("step") or 1000,
-            batch_size=args.batch_size or rows,
-            learning_rate=args.learning_rate or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
-            lora_rank=args.lora_rank,
-            seed=args.seed,
+            steps=wanted.steps or experiment.get("step") or 1000,
+            batch_size=wanted.batch_size or rows,
+            learning_rate=wanted.learning_rate
+            or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
+            lora_rank=wanted.lora_rank,
+            seed=wanted.seed,
         )
 
     @cached_property
@@ -116,9 +132,9 @@ class Systems:
         settings: dict[str, Any] = {
             "system": system,
             "questions": questions.fingerprint,
-            "eval_batch_size": self.args.eval_batch_size,
-            "max_new_tokens": self.args.max_new_tokens,
-            "template_version": prompts.TEMPLATE_VERSION,
+            "eval_batch_size": self.wanted.eval_batch_size,
+            "max_new_tokens": self.wanted.max_new_tokens,
+            "template_version": template_version(self.tokenizer),
         }
         if system == "cross_attention":
             settings["checkpoint"] = checkpoint_fingerprint(self.folder)
@@ -130,7 +146,7 @@ class Systems:
 
     def answering(self, system: str, questions: QuestionSet) -> System:
         """What answers the questions; contexts that a prompt has no room for are counted and printed."""
-        new_tokens = self.args.max_new_tokens
+        new_tokens = self.wanted.max_new_tokens
         if system in HEURISTICS:
             return HeuristicSystem(system.removeprefix("heuristic/"), questions)
         if system == "cross_attention":
@@ -141,7 +157,7 @@ class Systems:
             return PrefixCachedSystem(model, self.tokenizer, questions, folder, new_tokens)
         prompted = PromptedSystem(model, self.tokenizer, questions, new_tokens)
         if prompted.num_cut:
-            room = model.config.max_position_embeddings
+            room = window(model.config)
             print(
                 f"{system}: {prompted.num_cut} of {len(questions)} contexts were cut to fit {room} positions"
             )

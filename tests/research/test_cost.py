@@ -3,8 +3,9 @@ import time
 import pytest
 import torch
 
+from dssk.inference.timing import Clock
 from dssk.research import cost
-from dssk.research.cost import Clock, cross_attending, measure, medium, prefix_cached, prompting
+from dssk.research.cost import cross_attending, measure, medium, prefix_cached, prompting
 from dssk.research.prompted import Prompt
 from tests.conftest import fused
 
@@ -37,7 +38,7 @@ def test_every_system_generates_all_tokens_and_reads_what_it_should(base_path, t
     def count(module, args):
         read.append(args[0].shape[1])
 
-    model.transformer.register_forward_pre_hook(count)
+    model.base_model.register_forward_pre_hook(count)
     for name, prompt_tokens in {"prompted": 70, "cached": 10, "cross": 10}.items():
         clock = Clock()
         systems[name](PROMPTS[1], clock)
@@ -48,7 +49,7 @@ def test_every_system_generates_all_tokens_and_reads_what_it_should(base_path, t
 
 
 def test_costs_of_a_random_model_need_nothing_but_a_folder(tmp_path, monkeypatch):
-    small = {"n_embd": 32, "n_layer": 12, "n_head": 4, "vocab_size": 300, "n_positions": 256}
+    small = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_position_embeddings": 256}
     monkeypatch.setattr(cost, "MEDIUM", cost.MEDIUM | small)
     monkeypatch.setattr(cost, "MEDIUM_CONTEXT", 100)
     state = torch.random.get_rng_state()
