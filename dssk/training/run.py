@@ -106,7 +106,8 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
         check_repository(run.push_to_hub)
     manifest = load_manifest(run.data_path)
     check_model(manifest, cfg.model_path)
-    check_context_ids(cfg, load_tokenizer(cfg.model_path))
+    if cfg.include_context_ids:
+        check_context_ids(cfg, load_tokenizer(cfg.model_path))
     base = load_base_config(cfg.model_path)
     try:
         model = fused_config(base, **cross_attn_fields(cfg))

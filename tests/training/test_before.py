@@ -24,7 +24,7 @@ from dssk.training.published import published_config
 from dssk.training.run import build_model
 from dssk.training.wandb_report import WandbReport, answers, check_wandb, wandb_mode
 from exp_configs import BASE_CONFIG, EXP_GROUPS
-from tests.conftest import REPOSITORY, experiment, make_base
+from tests.conftest import REPOSITORY, byte_tokenizer, experiment, make_base
 
 # DeepSpeed's file
 
@@ -234,6 +234,7 @@ def test_a_dry_run_of_the_largest_model_takes_seconds_and_trains_nothing(run, mo
     monkeypatch.setattr("dssk.training.run.load_base_config", lambda path: config)
     monkeypatch.setattr("dssk.training.estimate.load_base_config", lambda path: config)
     monkeypatch.setattr("dssk.training.run.check_model", lambda manifest, path: None)
+    monkeypatch.setattr("dssk.training.run.load_tokenizer", lambda path: byte_tokenizer())
     start = time.monotonic()
     folder = run("--dry_run", **EXP_GROUPS["crossattn_starcoder"][0])
     assert time.monotonic() - start < 10
