@@ -42,6 +42,10 @@ def family(model_type: str) -> Family:
     if model_type in REFUSED:
         raise ValueError(f"{model_type} models cannot read a cached context: {REFUSED[model_type]}")
     config_class: Any = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    if (
+        config_class is not None and config_class.model_type != model_type
+    ):  # a second name for the same classes
+        return family(config_class.model_type)
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     backbone_class = MODEL_MAPPING.get(config_class, None)
     if causal_class is None or backbone_class is None:
@@ -52,7 +56,9 @@ def family(model_type: str) -> Family:
     for made in classes:
         made.__module__ = __name__  # they are found here by name, see `__getattr__`
     for plain, fused in ((backbone_class, classes.backbone), (causal_class, classes.causal_lm)):
-        if conversion := get_checkpoint_conversion_mapping(plain.__name__):  # some families rename weights by class
+        if conversion := get_checkpoint_conversion_mapping(
+            plain.__name__
+        ):  # some families rename weights by class
             register_checkpoint_conversion_mapping(fused.__name__, conversion, overwrite=True)
     AutoModel.register(classes.config, classes.backbone, exist_ok=True)
     AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
@@ -140,5 +146,7 @@ def __getattr__(name: str) -> Any:
     for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES):
         for model_type, class_name in names.items():
             if plain != name and class_name == plain and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-                return next(made for made in family(model_type) if made.__name__ == name)
+                causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+                own_type = causal_class.config_class.model_type  # several types may share the class
+                return next(made for made in family(own_type) if made.__name__ == name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

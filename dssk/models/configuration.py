@@ -75,7 +75,9 @@ class CrossAttnConfig:
         if self.cross_attn_num_key_value_heads is None:
             self.cross_attn_num_key_value_heads = heads
         elif self.cross_attn_num_key_value_heads == BASE:
-            self.cross_attn_num_key_value_heads = max(1, heads * _kv_heads(config) // num_attention_heads(config))
+            self.cross_attn_num_key_value_heads = max(
+                1, heads * _kv_heads(config) // num_attention_heads(config)
+            )
         if self.cross_attn_norm == BASE:
             self.cross_attn_norm = base_norm(config)
         if self.cross_attn_mlp == BASE:

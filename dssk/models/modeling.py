@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithCrossAttentions
-from transformers.utils import cached_file
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, CompileableContextVar, OutputRecorder
+from transformers.utils import ModelOutput, cached_file
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from dssk.models.configuration import FIELDS, CrossAttnConfig
 from dssk.models.cross_attention import (
-    CrossAttention,
     CrossAttnBlock,
     CrossAttnLinear,
     CrossAttnOutput,
@@ -47,7 +47,15 @@ CONTEXT_ARGUMENTS = (
     "context",
 )
 NO_SPLIT = ("CrossAttnBlock", "CrossAttention")  # called apart: a context is projected outside the layers
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 def is_cross_attn(name: str) -> bool:
@@ -57,22 +65,50 @@ def is_cross_attn(name: str) -> bool:
 
 # --- how a context reaches the layers -------------------------------------------------------------------------
 
-# The forward passes of most families hand unknown arguments down to their layers, but not all do. A variable of the
-# call reaches every one, and threads apart from each other.
-_reading = CompileableContextVar("dssk_context")  # (blocks, ProjectedContext), what the layers are to read
-_headed = CompileableContextVar("dssk_head")  # last hidden states for which only the LM head is to be computed
+
+class CallVariable:
+    """A value that holds during a call, apart for each thread; while torch traces a graph, a plain attribute.
+
+    The forward passes of most families hand unknown arguments down to their layers, but not all do. This reaches
+    every layer.
+    """
+
+    def __init__(self, name: str):
+        self._variable: ContextVar[Any] = ContextVar(name, default=None)
+        self._traced: Any = None
+
+    def get(self) -> Any:
+        return self._traced if torch.compiler.is_compiling() else self._variable.get()
+
+    def during(self, value: Any, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What `call` returns; while it runs, `get` returns `value`."""
+        before = self.get()
+        self._set(value)
+        try:  # no `with`: torch traces none of our own into one graph
+            return call(*args, **kwargs)
+        finally:
+            self._set(before)
+
+    def _set(self, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = value
+        else:
+            self._variable.set(value)
 
 
-@contextmanager
-def _set(variable: CompileableContextVar, value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+_reading = CallVariable("dssk_reading")  # (blocks, ProjectedContext): what the layers are to read
+_headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
 
 
-class ReadingLayer:
+class Mixed:
+    """Mixed into a module's class when a model is made; see `mixed`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        mixin, cls = type(self).__bases__
+        return _restore, (mixin, cls), self.__getstate__()
+
+
+class ReadingLayer(Mixed):
     """Mixed into each decoder layer: one that carries a block lets it read the context, before or after itself."""
 
     cross_attn_index: int | None = None  # which set of block weights; None for a layer without a block
@@ -115,7 +151,7 @@ def _read(block: CrossAttnBlock, hidden_states: torch.Tensor, keys, values, mask
     return block(hidden_states, keys, values, mask)
 
 
-class SkippedStack:
+class SkippedStack(Mixed):
     """Mixed into the module that runs the layers: hands on states that are ready when only the LM head is wanted."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +171,11 @@ class _Ready(BaseModelOutputWithPast):
 def mixed(mixin: type, cls: type) -> type:
     """The class with a mixin before it, under its own name: sharding and offloading name classes."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def _restore(mixin: type, cls: type) -> Any:
+    made = mixed(mixin, cls)
+    return made.__new__(made)
 
 
 def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
@@ -159,7 +200,9 @@ def declare(forward: Callable, base: Callable, extra: tuple[str, ...]) -> Callab
     parameters = list(inspect.signature(base).parameters.values())
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     known = {p.name for p in named}
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra if n not in known]
+    added = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra if n not in known
+    ]
     rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     declared.__signature__ = inspect.Signature([*named, *added, rest])  # type: ignore[attr-defined]
     return declared
@@ -223,7 +266,9 @@ class CrossAttnPreTrainedModel:
         """
         states = encoder_hidden_states
         if not isinstance(states, torch.Tensor) or states.ndim != 3:
-            raise ValueError(f"encoder_hidden_states are {_described(states)}, want (contexts, tokens, hidden size)")
+            raise ValueError(
+                f"encoder_hidden_states are {_described(states)}, want (contexts, tokens, hidden size)"
+            )
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         if mask is not None and mask.shape != states.shape[:2]:
             raise ValueError(
@@ -244,8 +289,7 @@ class CrossAttnPreTrainedModel:
 
         Padding may stand on either side, the states of a context are the same.
         """
-        with _set(_reading, None):
-            return encode(self.base_model, input_ids, attention_mask)  # type: ignore[attr-defined]
+        return _reading.during(None, encode, self.base_model, input_ids, attention_mask)  # type: ignore[attr-defined]
 
     def _take_context(self, kwargs: dict[str, Any]) -> ProjectedContext | None:
         """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
@@ -268,9 +312,46 @@ class CrossAttnPreTrainedModel:
                 )
         return context
 
-    def _reads(self, context: ProjectedContext | None):
-        """What the layers read inside the block; one that is set already stays."""
-        return _set(_reading, _reading.get() if context is None else (self.cross_attn_blocks, context))
+    def _reads(self, context: ProjectedContext | None) -> tuple[nn.ModuleList, ProjectedContext] | None:
+        """What the layers are to read; what they read already stays, if it was projected by this model."""
+        if context is not None:
+            return self.cross_attn_blocks, context
+        reading = _reading.get()
+        return reading if reading is not None and reading[0] is self.cross_attn_blocks else None
+
+    def _read_during(
+        self, call: Callable, context: ProjectedContext | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `call`, a forward pass, returns while the layers read; with the blocks' attention if asked for."""
+        reading = self._reads(context)
+        wanted = kwargs.get("output_attentions")
+        if not (getattr(self.config, "output_attentions", False) if wanted is None else wanted):
+            return _reading.during(reading, call, *args, **kwargs)
+        with _Attentions([block.attn for block in self.cross_attn_blocks]) as weights:
+            output = _reading.during(reading, call, *args, **kwargs)
+        if weights and isinstance(output, ModelOutput):
+            output["cross_attentions"] = tuple(weights)
+        return output
+
+
+class _Attentions:
+    """Collects the weights that modules attend with inside a block, in the order of the calls: lowest layer first."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.modules = modules
+
+    def __enter__(self) -> list[torch.Tensor]:
+        self.weights: list[torch.Tensor] = []
+        self.hooks = [module.register_forward_hook(self._note) for module in self.modules]
+        return self.weights
+
+    def _note(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        if len(args) > 1 and output[1] is not None:  # one argument alone: a context was projected
+            self.weights.append(output[1])
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 class CrossAttnModel(CrossAttnPreTrainedModel):
@@ -307,8 +388,7 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         ready = _headed.get()
         if ready is not None:
             return _Ready(last_hidden_state=ready)
-        with self._reads(self._take_context(kwargs)):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self._read_during(super().forward, self._take_context(kwargs), *args, **kwargs)  # type: ignore[misc]
 
 
 class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
@@ -476,15 +556,15 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         context = self._take_context(kwargs)
         if targets is None and labels is not None:
             targets = shifted(labels)
-        with self._reads(context):
-            if targets is None:
-                return super().forward(**kwargs)  # type: ignore[misc]
-            as_dict = kwargs.pop("return_dict", None)
-            as_dict = self.config.return_dict if as_dict is None else as_dict
-            kwargs.pop("logits_to_keep", None)
-            if self.training:
-                kwargs["use_cache"] = False
-            outputs = self.base_model(**kwargs, return_dict=True)  # type: ignore[attr-defined]
+        if targets is None:
+            return self._read_during(super().forward, context, **kwargs)  # type: ignore[misc]
+        as_dict = kwargs.pop("return_dict", None)
+        as_dict = self.config.return_dict if as_dict is None else as_dict
+        kwargs.pop("logits_to_keep", None)
+        if self.training:
+            kwargs["use_cache"] = False
+        backbone = self.base_model  # type: ignore[attr-defined]
+        outputs = self._read_during(backbone, context, **kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
         targets = targets.to(hidden_states.device)
         skip_logits = self.training if skip_logits is None else skip_logits
@@ -511,8 +591,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         Its head may have a bias, a soft cap or a scale, and may be wrapped: only its own code knows.
         """
         rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
-        with _set(_headed, rows):
-            logits = super().forward(inputs_embeds=rows, use_cache=False).logits  # type: ignore[misc]
+        logits = _headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits  # type: ignore[misc]
         return logits.view(*hidden_states.shape[:-1], -1)
 
     @torch.no_grad()
@@ -523,6 +602,10 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         It is read and projected once, and not repeated for beams or returned sequences.
         """
         context = self._take_context(kwargs)
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, CrossAttnForCausalLM):
+            # As an argument it would reach the assistant, too.
+            return _reading.during(self._reads(context), super().generate, inputs, *args, **kwargs)  # type: ignore[misc]
         if context is not None:
             kwargs["context"] = context
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -533,7 +616,11 @@ def _identity(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else f"a {type(value).__name__}"
+    )
 
 
 @torch.no_grad()
@@ -575,7 +662,9 @@ def _load_weights(path: str | os.PathLike, variant: str | None, **hub: Any) -> d
     found = cached_file(path, f"{stem}.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
     if found is not None:
         return load_file(found)
-    index = cached_file(path, f"model.safetensors.index{'' if variant is None else '.' + variant}.json", **hub)
+    index = cached_file(
+        path, f"model.safetensors.index{'' if variant is None else '.' + variant}.json", **hub
+    )
     shards = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
     return {n: t for shard in shards for n, t in load_file(cached_file(path, shard, **hub)).items()}
 
@@ -625,10 +714,6 @@ def family_classes(
             **shared,
             "forward": declare(CrossAttnModel.forward, base_backbone.forward, CONTEXT_ARGUMENTS),
             "_no_split_modules": [*(base_backbone._no_split_modules or []), *NO_SPLIT],
-            "_can_record_outputs": {
-                **(base_backbone._can_record_outputs or {}),
-                "cross_attentions": OutputRecorder(CrossAttention, index=1),
-            },
         },
     )
     base_causal: Any = causal_class
