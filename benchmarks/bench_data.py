@@ -123,7 +123,7 @@ def bench_bytes(results: Results, folder: Path) -> None:
         text = sum(
             len(context.encode()) for context in datasets.load_from_disk(str(path / "contexts"))["context"]
         )
-        files = sum(shard.num_bytes for shard in manifest.shards)
+        files = sum(segment.num_bytes for segment in manifest.segments)
         num_values = manifest.counts.tokens * HIDDEN_SIZE
         ours = (files - text) / num_values
         settings = {"with_text": round(files / num_values, 4), "hidden_size": HIDDEN_SIZE}
@@ -218,7 +218,7 @@ def bench_memory(results: Results, folder: Path) -> None:
         )
         seconds[num_contexts], peak[num_contexts] = map(float, done.stdout.splitlines()[-1].split())
         manifest = store.load_manifest(Path(command[3]) / "processed_data" / "SMALL")
-        written[num_contexts] = sum(shard.num_bytes for shard in manifest.shards)
+        written[num_contexts] = sum(segment.num_bytes for segment in manifest.segments)
     settings = {
         "contexts": f"{SMALL_STORE} and {LARGE_STORE}",
         "times_bytes": round(written[LARGE_STORE] / written[SMALL_STORE], 2),

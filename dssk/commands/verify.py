@@ -18,16 +18,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dssk.utils import files
 
     if args.discard:
-        verify.discard(args.folder)
+        damaged = verify.discard(args.folder)
+        print(
+            f"Discarded {len(damaged)} damaged files: start the preprocessing command again to make them anew."
+        )
         return
-    manifest = verify.check(args.folder)
-    num_bytes = sum(info.num_bytes for info in manifest.files.values())
-    print(f"{len(manifest.files)} files, {files.size(num_bytes)}: all as written.")
+    infos = verify.check(args.folder, anew=True).all_files
+    num_bytes = sum(info.num_bytes for info in infos.values())
+    print(f"{len(infos)} files, {files.size(num_bytes)}: all as written.")
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk verify", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that dssk preproc made")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder that dssk preproc or dssk library made"
+    )
     parser.add_argument(
         "--discard", action="store_true", help="delete what is damaged, to have it made again"
     )

@@ -4,18 +4,20 @@ A shard's bytes depend on its rows and the settings only: batches are formed ins
 worker computes on one thread, because the order of additions, and with it the last bit, depends on both.
 """
 
-import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from functools import cached_property
 from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import torch
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 
 from dssk.data import plan as planning
 from dssk.data.plan import Plan, PlannedShard
-from dssk.errors import DsskError, EnvironmentFault
+from dssk.errors import EnvironmentFault
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Batch, Encoder, one_thread
 from dssk.inference.loading import device, load_base
@@ -33,6 +35,9 @@ from dssk.store import format as store
 from dssk.utils import files
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
+
+_PROGRESS_SECONDS = 0.2
+_SHARD = re.compile(r"data-\d{5,}-of-\d{5,}\.(arrow|json)")
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,14 @@ class Job:
         return [self.path(index, ".arrow").name for index in range(len(self.plan.shards))]
 
     def open_folder(self) -> None:
-        """Make `contexts/` ready: nothing foreign in it, room for what is missing."""
+        """Make `contexts/` ready: no shard of another plan in it, room for what is missing."""
         folder = self.folder / store.CONTEXTS
         names = self.shard_names()
         if not names:
             return
         files.make_folder(folder)
         for path in folder.iterdir():
-            if path.with_suffix(".arrow").name not in names:
+            if _SHARD.fullmatch(path.name) and path.with_suffix(".arrow").name not in names:
                 files.remove(path)
         num_bytes = sum(self.shard_bytes(self.plan.shards[index]) for index in self.missing())
         counts = self.plan.counts
@@ -89,14 +94,12 @@ class Job:
         return [i for i in range(len(self.shard_names())) if not self._is_done(i, self.plan.shards[i])]
 
     def _is_done(self, index: int, shard: PlannedShard) -> bool:
+        """Whether a shard was written for these contexts, and every byte of it is still as it was written."""
         info = store.load_shard_info(self.path(index, ".json"))
-        arrow = self.path(index, ".arrow")
-        return (
-            info is not None
-            and info.key == shard.key
-            and arrow.is_file()
-            and arrow.stat().st_size == info.num_bytes
-        )
+        if info is None or info.key != shard.key:
+            return False
+        written = store.FileInfo(num_bytes=info.num_bytes, xxh3_128=info.xxh3_128)
+        return not store.find_fault(self.path(index, ".arrow"), written)
 
 
 # --- all shards ------------------------------------------------------------------------------------------------
@@ -131,87 +134,98 @@ def _encode_in_processes(
     job: Job, shards: list[int], num_proc: int, progress: Callable[[int], object]
 ) -> None:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    todo = iter(shards)
-    workers = [_Worker(context, job, rank) for rank in range(num_proc)]
+    board = _Board(context, num_proc)
+    others = set(multiprocessing.active_children())
+    workers: set[BaseProcess] = set()
+    told = 0
     try:
-        busy = {worker.connection: worker for worker in workers if worker.next_shard(todo)}
-        while busy:
-            for connection in cast(list[Connection], wait(list(busy))):
-                message = busy[connection].receive()
-                if message != _DONE:
-                    progress(message)
-                elif not busy[connection].next_shard(todo):
-                    del busy[connection]
-    except BaseException:
-        for worker in workers:
-            worker.process.kill()
-        raise
-    finally:
-        for worker in workers:
-            worker.process.join()
+        with ProcessPoolExecutor(num_proc, context, _start_worker, (job, board)) as pool:
+            tasks = {pool.submit(_encode_shard, index) for index in shards}
+            workers |= set(multiprocessing.active_children()) - others
+            try:
+                while tasks:
+                    done, tasks = wait(tasks, _PROGRESS_SECONDS, FIRST_COMPLETED)
+                    progress(-told + (told := sum(board.tokens)))
+                    for task in done:
+                        task.result()
+            except BaseException:
+                for worker in workers:
+                    worker.kill()
+                raise
+    except BrokenProcessPool:
+        raise _lost(job, board, workers) from None
 
 
-_DONE = "done"
+class _Board:
+    """What workers write down for their parent, each in a place of its own: memory that no lock guards."""
+
+    def __init__(self, context: SpawnContext, num_proc: int):
+        self.pids, self.shards, self.tokens = (context.Array("q", num_proc, lock=False) for _ in range(3))
+        self.free_places = context.SimpleQueue()
+        for place in range(num_proc):
+            self.free_places.put(place)
+
+
+def _lost(job: Job, board: _Board, workers: Iterable[BaseProcess]) -> EnvironmentFault:
+    """The fault that names the worker that died first; the pool has ended all others by SIGTERM."""
+    ended = {w.pid: w.exitcode for w in workers if w.exitcode not in (None, 0, -signal.SIGTERM)}
+    for pid, place in zip(board.pids, range(len(board.pids)), strict=True):
+        if code := ended.get(pid):
+            shard = job.plan.shards[board.shards[place]]
+            how = (
+                f"was killed by signal {-code} (out of memory?)"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
+            who = f"encoder {place} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}"
+            break
+    else:
+        who = "an encoder was ended from outside"
+    return EnvironmentFault(f"{who}: all finished shards are kept, start the same command again to go on")
 
 
 class _Worker:
-    """A spawned process, as its parent sees it, and the shard it is at."""
+    """A spawned process, as it sees itself: its place on the board, which is the number of its device, too."""
 
-    def __init__(self, context: SpawnContext, job: Job, rank: int):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_work, args=(job, rank, theirs), name=f"encoder {rank}", daemon=True
-        )
-        self.process.start()
-        theirs.close()  # so that its death ends the connection
-        self._job = job
-        self._shard: int | None = None
+    def __init__(self, job: Job, board: _Board):
+        self.job, self._board = job, board
+        self._place = board.free_places.get()
+        board.pids[self._place] = os.getpid()
 
-    def next_shard(self, todo: Iterator[int]) -> bool:
-        """Hand out the next shard, or tell the worker to end if there is none."""
-        self._shard = next(todo, None)
-        with contextlib.suppress(BrokenPipeError):  # it died; `receive` says how
-            self.connection.send(self._shard)
-        return self._shard is not None
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return load_model(self.job, self._place)
 
-    def receive(self) -> Any:
-        """What the worker says: tokens encoded, or `_DONE`. Raises the fault that ended it."""
-        try:
-            message = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise self._lost() from None
-        if isinstance(message, DsskError):
-            raise message
-        return message
+    def begin(self, index: int) -> None:
+        self._board.shards[self._place] = index
 
-    def _lost(self) -> EnvironmentFault:
-        self.process.join()
-        code = self.process.exitcode or 0
-        how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-        shard = self._job.plan.shards[self._shard or 0]
-        return EnvironmentFault(
-            f"{self.process.name} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}: all "
-            "finished shards are kept, start the same command again to go on"
-        )
+    def progress(self, num_tokens: int) -> None:
+        self._board.tokens[self._place] += num_tokens
 
 
-def _work(job: Job, rank: int, connection: Connection) -> None:
-    """A worker's life: take shard numbers until there are no more. It never outlives its parent."""
+_worker: _Worker  # of this process
+
+
+def _start_worker(job: Job, board: _Board) -> None:
+    """Make this process one that never outlives its parent."""
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_libraries()
+    _worker = _Worker(job, board)
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    try:
-        model = load_model(job, rank)
-        with one_thread(model.device):
-            while (index := connection.recv()) is not None:
-                encode_shard(job, index, model, connection.send)
-                connection.send(_DONE)
-    except DsskError as error:
-        connection.send(error)
-    except (EOFError, ConnectionError):
-        pass  # the parent is gone, nobody is left to tell
+    parent.join()
+    os._exit(1)
+
+
+def _encode_shard(index: int) -> None:
+    _worker.begin(index)
+    with one_thread(_worker.model.device):
+        encode_shard(_worker.job, index, _worker.model, _worker.progress)
 
 
 # --- one shard -------------------------------------------------------------------------------------------------
@@ -230,8 +244,8 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
         pa.ipc.new_stream(file, schema) as writer,
     ):
         written: Future | None = None
-        for batch in batches(job, index):
-            record = store.encoded_record(batch.texts, batch.input_ids, *encoder.quantized(batch), schema)
+        for batch, truncated in batches(job, index):
+            record = _record(batch, truncated, encoder)
             if written:
                 written.result()
             written = pool.submit(writer.write_batch, record)
@@ -249,13 +263,24 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
         batch_tokens=job.batch_tokens,
         out_of_memory_splits=encoder.out_of_memory_splits,
     )
-    files.publish_text(job.path(index, ".json"), info.model_dump_json(indent=1) + "\n")
+    files.publish_text(job.path(index, ".json"), info.to_json())
 
 
-def batches(job: Job, index: int) -> Iterator[Batch]:
-    """The contexts of a shard, longest first, cut into batches."""
+def _record(batch: Batch, truncated: list[bool], encoder: Encoder) -> pa.RecordBatch:
+    """The rows of a batch as they are stored; a context's id is its row number."""
+    num_tokens = [len(ids) for ids in batch.input_ids]
+    ids = [str((batch.first_row or 0) + row) for row in range(len(num_tokens))]
+    return store.encoded_record(
+        ids, [""] * len(ids), batch.texts, num_tokens, truncated, *encoder.quantized(batch)
+    )
+
+
+def batches(job: Job, index: int) -> Iterator[tuple[Batch, list[bool]]]:
+    """The contexts of a shard, longest first, cut into batches, and which of them were truncated."""
     rows = planning.shard_tokens(job.folder, index)
     contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
+    truncated = rows["truncated"].to_pylist()
     for batch in length_batches([len(ids) for ids in input_ids], job.batch_size, job.batch_tokens):
         cut = slice(batch[0], batch[-1] + 1)  # they lie in this order
-        yield Batch(contexts[cut], input_ids[cut], job.plan.shards[index].first_row + cut.start)
+        first_row = job.plan.shards[index].first_row + cut.start
+        yield Batch(contexts[cut], input_ids[cut], first_row), truncated[cut]

@@ -17,10 +17,10 @@ import xxhash
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dssk import prompts
 from dssk.data.readers import BadRow, RawRow
 from dssk.data.schemas import Dropped, UnknownFields, to_qa
-from dssk.errors import DsskError
+from dssk.errors import DamagedData, DsskError
+from dssk.inference.tokenizer import tokenize_contexts
 from dssk.store import format as store
 from dssk.utils import files
 
@@ -34,7 +34,9 @@ _ROW_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("id", "document", "context", "question")]
     + [("answers", pa.list_(pa.string()))]
 )
-_CONTEXT_SCHEMA = pa.schema([("context", pa.string()), ("input_ids", pa.list_(pa.int32()))])
+_CONTEXT_SCHEMA = pa.schema(
+    [("context", pa.string()), ("input_ids", pa.list_(pa.int32())), ("truncated", pa.bool_())]
+)
 
 
 class PlannedShard(store.Strict):
@@ -46,12 +48,15 @@ class PlannedShard(store.Strict):
     tokens: int
 
 
-class Plan(store.Strict):
+class Plan(store.Checked):
     """A store whose texts are complete and whose contexts are still to be encoded."""
 
     settings: store.Settings
     counts: store.Counts
     shards: list[PlannedShard]
+    tables: dict[str, store.FileInfo]
+    """The files of `train/` and `val/`, by path relative to the store."""
+    context_tokens: store.FileInfo
 
 
 class Tally:
@@ -92,12 +97,6 @@ class Tally:
             f"{self.num_bad_rows} of {self.read} rows of {name} cannot be used: {faults}{more}: "
             f"{wanted if self.has_unknown_fields else ''}mend them or pass --skip_bad_rows {self.num_bad_rows}"
         )
-
-
-def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, contexts: list[str]) -> list[list[int]]:
-    """The tokens of contexts as they are encoded: no BOS, no EOS, not yet cut to a maximum length."""
-    texts = [prompts.context(text) for text in contexts]
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 # --- first pass: stage sound rows -------------------------------------------------------------------------------
@@ -164,14 +163,15 @@ def make_plan(
     """Write the question tables and the contexts' tokens, then the plan. `staged` is by split as in `find_files`."""
     numbering = _Numbering(staged, val_fraction, tally)
     contexts = _Contexts(settings, tokenizer)
-    store.write_table(
+    context_tokens = store.write_table(
         folder / STAGING / CONTEXT_TOKENS, _CONTEXT_SCHEMA, contexts.shards(numbering.contexts())
     )
+    tables: dict[str, store.FileInfo] = {}
     for split in store.SPLITS:
         if not numbering.kept[split] and (split != "val" or val_fraction):
             raise DsskError(_no_rows(split, numbering, tally))
         source = staged.get(split) or staged["all"]
-        _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
+        tables |= _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
     plan = Plan(
         settings=settings,
         counts=store.Counts(
@@ -185,8 +185,10 @@ def make_plan(
             length_histogram=contexts.histogram,
         ),
         shards=contexts.planned,
+        tables=tables,
+        context_tokens=context_tokens,
     )
-    files.publish_text(folder / STAGING / PLAN, plan.model_dump_json(indent=1) + "\n")
+    files.publish_text(folder / STAGING / PLAN, plan.to_json())
     for path in staged.values():
         files.remove(path)
     return plan
@@ -204,15 +206,21 @@ def _no_rows(split: str, numbering: "_Numbering", tally: Tally) -> str:
 
 
 def load_plan(folder: Path) -> Plan | None:
-    """The plan of an unfinished store, if it got that far."""
+    """The plan of an unfinished store, if it got that far and all that it names is as it was written."""
     try:
-        return Plan.model_validate_json((folder / STAGING / PLAN).read_bytes())
+        plan = Plan.from_file((folder / STAGING / PLAN).read_bytes())
+        for name, info in {**plan.tables, f"{STAGING}/{CONTEXT_TOKENS}": plan.context_tokens}.items():
+            store.verified(folder, name, info)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except DamagedData as error:
+        print(f"{str(error).split(': ')[0]}: reading the rows again.")
+        return None
+    return plan
 
 
 def shard_tokens(folder: Path, index: int) -> pa.RecordBatch:
-    """The contexts of a planned shard: context, input_ids."""
+    """The contexts of a planned shard: context, input_ids, truncated."""
     with pa.memory_map(str(folder / STAGING / CONTEXT_TOKENS)) as source:
         return next(islice(pa.ipc.open_stream(source), index, None))
 
@@ -311,14 +319,15 @@ class _Contexts:
         self.histogram: list[int] = []
 
     def shards(self, contexts: Iterator[str]) -> Iterator[pa.RecordBatch]:
-        """One record batch (context, input_ids) a shard."""
+        """One record batch (context, input_ids, truncated) a shard."""
         while texts := list(islice(contexts, self._settings.shard_rows)):
             yield self._shard(texts)
 
     def _shard(self, texts: list[str]) -> pa.RecordBatch:
         maximum = self._settings.maximum_input_length
         ids = tokenize_contexts(self._tokenizer, texts)
-        self.truncated += sum(len(row) > maximum for row in ids)
+        truncated = [len(row) > maximum for row in ids]
+        self.truncated += sum(truncated)
         ids = [row[:maximum] for row in ids]
         for row in ids:
             bin_index = (len(row) - 1) // store.HISTOGRAM_BIN_TOKENS
@@ -333,16 +342,19 @@ class _Contexts:
         key = xxhash.xxh3_128_hexdigest(json.dumps([self._settings.encoding_key, rows]).encode())
         tokens = sum(map(len, ids))
         self.planned.append(PlannedShard(key=key, first_row=first_row, rows=len(rows), tokens=tokens))
-        return _record_batch(rows, _CONTEXT_SCHEMA)
+        return _record_batch([(*rows[k], truncated[i]) for k, i in enumerate(order)], _CONTEXT_SCHEMA)
 
 
-def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> None:
+def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> dict[str, store.FileInfo]:
     features = store.QUESTION_FEATURES
     name = f"{store.shard_name(0, 1)}.arrow"
     files.make_folder(folder)
     batches = _batches(_questions(staged, kept, positions), features.arrow_schema)
     info = store.write_table(folder / name, features.arrow_schema, batches)
-    store.write_dataset_files(folder, features, {name: info.xxh3_128})
+    return {
+        f"{folder.name}/{name}": info,
+        **store.write_dataset_files(folder, features, {name: info.xxh3_128}),
+    }
 
 
 def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:

@@ -10,14 +10,13 @@ import torch
 from huggingface_hub import get_token
 from transformers import PreTrainedConfig
 
-from dssk import prompts
 from dssk.data import plan as planning
 from dssk.data import sources
 from dssk.data.encode import Job, encode_shards
 from dssk.errors import DsskError, short
-from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
+from dssk.inference.fingerprint import is_model, model_fingerprint, tokenizer_hash
 from dssk.inference.loading import load_base_config
-from dssk.inference.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer, template_version
 from dssk.models.shapes import window
 from dssk.store import format as store
 from dssk.utils import files, ranks
@@ -102,10 +101,12 @@ def prepare(request: Request, locks: contextlib.ExitStack, team: ranks.Ranks) ->
     source = request.source()
     settings = _settings(request, config, source)
     staging = folder / planning.STAGING
-    if staging.exists() or not _is_complete(folder, settings):  # a complete one may lie on a read-only disk
+    if staging.exists() or not _is_complete(
+        folder, settings, request, config
+    ):  # a complete one may lie on a read-only disk
         files.make_folder(folder.parent)
         locks.enter_context(store.lock(folder))
-    if _is_complete(folder, settings):
+    if _is_complete(folder, settings, request, config):
         files.remove(staging)
         print(f"Encoded contexts found in {folder}: used again.")
         return None
@@ -158,7 +159,7 @@ def _settings(request: Request, config: PreTrainedConfig, source: sources.Source
         hidden_size=config.hidden_size,
         model_dtype=str(_model_dtype(request, config)).removeprefix("torch."),
         storage_dtype=None if request.text_only else request.storage_dtype,
-        template_version=prompts.TEMPLATE_VERSION,
+        template_version=template_version(tokenizer),
         maximum_input_length=request.maximum_input_length,
         shard_rows=request.shard_rows,
         source=source.describe(),
@@ -169,11 +170,15 @@ def _model_dtype(request: Request, config: PreTrainedConfig) -> torch.dtype:
     return (config.dtype or torch.float32) if request.dtype == "auto" else _DTYPES[request.dtype]
 
 
-def _is_complete(folder: Path, settings: store.Settings) -> bool:
+def _is_complete(folder: Path, settings: store.Settings, request: Request, config: PreTrainedConfig) -> bool:
     if not (folder / store.MANIFEST).exists():
         return False
     manifest = store.load_manifest(folder)
-    _require_same(folder, manifest.settings, settings)
+    found = manifest.settings
+    if is_model(found.model_fingerprint, request.embedding_model, config, request.revision):
+        # the same base, in whichever version's words
+        found = found.model_copy(update={"model_fingerprint": settings.model_fingerprint})
+    _require_same(folder, found, settings)
     store.check_sizes(folder, manifest)
     return True
 
@@ -226,7 +231,9 @@ def _start(folder: Path, settings: store.Settings, source: sources.Source, reque
 
 
 def _finish(job: Job) -> store.Manifest:
-    manifest = store.finish(job.folder, job.plan.settings, job.plan.counts, job.shard_names())
+    manifest = store.finish(
+        job.folder, job.plan.settings, job.plan.counts, job.shard_names(), job.plan.tables
+    )
     files.remove(job.folder / planning.STAGING)
     return manifest
 

@@ -1,45 +1,56 @@
 """Encoding the texts of a library with the model that it is of."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from dssk import prompts
 from dssk.errors import DsskError
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import BATCH_SIZE, BATCH_TOKENS, Batch, Encoder, one_thread
 from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
 from dssk.inference.loading import device, load, load_base_config
-from dssk.inference.tokenizer import load_tokenizer, tokenize_context
+from dssk.inference.rounding import StorageDtype
+from dssk.inference.tokenizer import load_tokenizer, template_version, tokenize_contexts
 from dssk.models.shapes import window
-from dssk.store import format as store
+from dssk.store.manifest import Encoding
+from dssk.store.opening import check_model
+
+
+class Encoded(NamedTuple):
+    """Some of the texts that were given to `TextEncoder.encode`."""
+
+    rows: list[int]  # which of them
+    num_tokens: list[int]
+    truncated: list[bool]
+    states: torch.Tensor  # (tokens of all, hidden_size), as they are stored
+    scale: torch.Tensor | None  # (tokens of all,)
 
 
 def describe_encoding(
-    model: str, revision: str | None, storage_dtype: store.StorageDtype, maximum_input_length: int | None
+    model: str, revision: str | None, storage_dtype: StorageDtype, maximum_input_length: int | None
 ) -> dict[str, Any]:
-    """The fields of `store.Encoding` for what `model`, a base or a fused model, will encode.
+    """The fields of `Encoding` for what `model`, a base or a fused model, will encode.
 
     `maximum_input_length` is the number of its positions if not given.
     """
-    config = load_base_config(model, revision, fused=True)
+    config: Any = load_base_config(model, revision, fused=True)
     longest = maximum_input_length or window(config)
     if longest > window(config):
         raise DsskError(
             f"maximum_input_length is {longest}, more than the {window(config)} positions of {model}: lower it"
         )
+    tokenizer = load_tokenizer(model, revision)
     return dict(
         model_id=model,
         model_revision=getattr(config, "_commit_hash", None),
         model_fingerprint=model_fingerprint(model, config, revision),
-        tokenizer_hash=tokenizer_hash(load_tokenizer(model, revision)),
+        tokenizer_hash=tokenizer_hash(tokenizer),
         hidden_size=config.hidden_size,
         model_dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         storage_dtype=storage_dtype,
-        template_version=prompts.TEMPLATE_VERSION,
+        template_version=template_version(tokenizer),
         maximum_input_length=longest,
     )
 
@@ -47,18 +58,19 @@ def describe_encoding(
 class TextEncoder:
     """The model that made the encodings of a library, loaded from `path`."""
 
-    def __init__(self, encoding: store.Encoding, path: str, revision: str | None):
-        store.check_model(encoding, path, revision)
+    def __init__(self, encoding: Encoding, path: str, revision: str | None):
+        check_model(encoding, path, revision, encoding.encode_layer)
         dtype = getattr(torch, encoding.model_dtype)
         model, self._tokenizer = load(path, revision, dtype=dtype, device=device())
         self._longest = encoding.maximum_input_length
-        self._storage_dtype = cast(store.StorageDtype, encoding.storage_dtype)
-        self._encoder = Encoder(model, self._tokenizer, self._storage_dtype, self._longest)
+        storage_dtype = cast(StorageDtype, encoding.storage_dtype)
+        self._encoder = Encoder(model, self._tokenizer, storage_dtype, self._longest)
 
-    def encode(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, pa.Array]]]:
-        """Batches of about equal length, longest first: row numbers, and the columns of a segment that we make."""
-        schema = store.context_features(self._storage_dtype).arrow_schema
-        tokens = [tokenize_context(self._tokenizer, text) for text in texts]
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return tokenize_contexts(self._tokenizer, list(texts))
+
+    def encode(self, texts: Sequence[str], tokens: Sequence[list[int]]) -> Iterator[Encoded]:
+        """Batches of about equal length, longest first."""
         cut = [ids[: self._longest] for ids in tokens]
         lengths = [len(ids) for ids in cut]
         with (
@@ -67,7 +79,7 @@ class TextEncoder:
         ):
             for rows in length_batches(lengths, BATCH_SIZE, BATCH_TOKENS):
                 batch = Batch([texts[row] for row in rows], [cut[row] for row in rows])
-                record = store.encoded_record(*batch[:2], *self._encoder.quantized(batch), schema)
-                truncated = pa.array([len(tokens[row]) > self._longest for row in rows], pa.bool_())
-                yield rows, {"truncated": truncated, **dict(zip(schema.names, record.columns, strict=True))}
-                bar.update(sum(lengths[row] for row in rows))
+                num_tokens = [lengths[row] for row in rows]
+                truncated = [len(tokens[row]) > self._longest for row in rows]
+                yield Encoded(rows, num_tokens, truncated, *self._encoder.quantized(batch))
+                bar.update(sum(num_tokens))

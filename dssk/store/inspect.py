@@ -1,37 +1,49 @@
-"""What is in a store of encoded contexts, in words and as a figure."""
+"""What is in a store of encoded contexts, in words and drawn."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from dssk.data.plan import describe
-from dssk.store import format as store
-from dssk.store.format import HISTOGRAM_BIN_TOKENS
+from dssk.store.manifest import HISTOGRAM_BIN_TOKENS, LAST_LAYER, Counts, Manifest
 from dssk.utils import files
 
 
-def summary(manifest: store.Manifest) -> dict[str, str]:
-    """What a store holds, in words, by topic."""
-    counts = manifest.counts
+def summary(manifest: Manifest) -> dict[str, str]:
+    """What a store holds, by topic."""
     revision = f" at {manifest.model_revision}" if manifest.model_revision else ""
+    layer = "" if manifest.encode_layer == LAST_LAYER else f", layer {manifest.encode_layer}"
+    topics = {"model": f"{manifest.model_id}{revision}, computed in {manifest.model_dtype}{layer}"}
+    if manifest.is_library:
+        topics["contexts"] = str(sum(segment.rows for segment in manifest.segments))
+    else:
+        topics |= _data_set(manifest)
+    topics["encodings"] = "none: texts only"
+    if manifest.storage_dtype is not None:
+        num_bytes = sum(segment.num_bytes for segment in manifest.segments)
+        shape = f"{manifest.storage_dtype} x {manifest.hidden_size}"
+        topics["encodings"] = f"{files.size(num_bytes)} in {len(manifest.segments)} segments, {shape}"
+    return topics
+
+
+def _data_set(manifest: Manifest) -> dict[str, str]:
+    counts = manifest.counts
     source = ", ".join(f"{name} {value}" for name, value in manifest.source.items() if value is not None)
-    topics = {
-        "model": f"{manifest.model_id}{revision}, computed in {manifest.model_dtype}",
-        "rows": describe(counts.rows),
+    return {
+        "rows": _listed(counts.rows),
         "source": source,
-        "read": f"{counts.read} rows; dropped: {describe(counts.dropped)}; malformed: {len(counts.bad_rows)}",
+        "read": f"{counts.read} rows; dropped: {_listed(counts.dropped)}; malformed: {len(counts.bad_rows)}",
         "contexts": f"{counts.contexts}, of {counts.tokens} tokens together",
         "lengths": f"about {_quantile(counts, 0.5)} (median), {_quantile(counts, 0.95)} (95 %), "
         f"{_quantile(counts, 1.0)} (longest) tokens",
         "truncated": f"{counts.truncated} to {manifest.maximum_input_length} tokens",
-        "encodings": "none: texts only",
     }
-    if manifest.storage_dtype is not None:
-        num_bytes = sum(shard.num_bytes for shard in manifest.shards)
-        shape = f"{manifest.storage_dtype} x {manifest.hidden_size}"
-        topics["encodings"] = f"{files.size(num_bytes)} in {len(manifest.shards)} shards, {shape}"
-    return topics
 
 
-def _quantile(counts: store.Counts, share: float) -> int:
+def _listed(numbers: Mapping[str, int]) -> str:
+    """`"train: 12, val: 3"`."""
+    return ", ".join(f"{name}: {number}" for name, number in numbers.items()) or "none"
+
+
+def _quantile(counts: Counts, share: float) -> int:
     """The tokens that `share` of the contexts do not exceed, up to the width of a bin."""
     below = 0
     for index, number in enumerate(counts.length_histogram):
@@ -41,7 +53,7 @@ def _quantile(counts: store.Counts, share: float) -> int:
     return 0
 
 
-def plot_lengths(manifest: store.Manifest, path: Path) -> None:
+def plot_lengths(manifest: Manifest, path: Path) -> None:
     """Draw how many contexts have how many tokens."""
     from matplotlib.figure import Figure
 

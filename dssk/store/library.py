@@ -1,54 +1,54 @@
-"""A library of encoded contexts that grows.
+"""A library: a store without questions, which grows and is searched.
 
-    library.json        which model encodes, and which segments count: written last, so that a change is whole or absent
-    contexts-*.arrow    segments: id, title, number, truncated, context, n_tokens, encoder_hidden_states [, scale]
+    contexts/data-*.arrow    segments, named at random: a change writes new ones and then the manifest, so it is whole
+                             or absent
+    search-*/                the index of their words, made anew by each change
 
-States are packed as in a store (`dssk.data.store`). A store opens as a library, too: read-only, and the id of a
-context is its row number.
+The store of a data set opens as a library that can only be read; one without an index is indexed in memory.
 """
 
 import contextlib
-import json
+import itertools
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import bm25s
+import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
 
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import find_encoder
-from dssk.store import format as store
+from dssk.inference.rounding import StorageDtype, encoding_bytes
+from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
+from dssk.store.manifest import CONTEXTS, MANIFEST, FileInfo, Manifest, Segment, lock
+from dssk.store.opening import check_model, is_store, load_manifest, repair, verified
+from dssk.store.search import WordIndex
+from dssk.store.segments import (
+    SegmentFile,
+    context_features,
+    encoded_record,
+    open_segment,
+    read_segment,
+    write_table,
+)
 from dssk.utils import files
 from dssk.utils.flags import nearest
 
-MANIFEST = "library.json"
 SEGMENT_BYTES = 256_000_000  # a full segment: removing a context writes its segment again
 SMALL_BYTES = 16_000_000  # a smaller one is joined with what is added next, so that there are never many
+SEARCH = "search-"
 
-REMEDY = "begin the library anew"
-WORD = r"\w+"  # by default bm25s leaves out words of one character, such as digits
-
-
-class Segment(store.Strict):
-    """One file of contexts."""
-
-    name: str
-    rows: int
-    num_bytes: int
-    xxh3_128: str
-
-
-class Manifest(store.Encoding):
-    """Which model encodes, and the segments that count."""
-
-    segments: list[Segment] = []
+# What a change of this library, or of one of version 0.1, may have left when it was killed.
+_OURS = re.compile(
+    rf"{CONTEXTS}/data-[0-9a-f]{{16}}\.arrow|{SEARCH}[0-9a-f]{{16}}|contexts-[0-9a-f]{{16}}\.arrow"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Context:
     title: str
     text: str
     n_tokens: int
-    truncated: bool  # the text is longer than maximum_input_length; a store does not say, then False
+    truncated: bool  # the text is longer than maximum_input_length
     encoder_hidden_states: torch.Tensor  # (n_tokens, hidden_size), a view of the memory-mapped file
 
 
@@ -68,6 +68,13 @@ class Hit(NamedTuple):
 
     id: str
     score: float
+
+
+class Place(NamedTuple):
+    """Where a context is."""
+
+    segment: SegmentFile
+    row: int
 
 
 class ContextLibrary:
@@ -80,10 +87,11 @@ class ContextLibrary:
     Args:
         model: begins a new library, which keeps its identity: a base model, a checkpoint, a fused model, or a run's
             folder; the base in it encodes. For a library that exists it may be left out; another one is refused.
-        storage_dtype: how a new library keeps states; see `dssk.data.store`.
+        storage_dtype: how a new library keeps states; see `dssk.inference.rounding`.
         maximum_input_length: tokens that contexts of a new library are cut to; the model's positions if not given.
 
-    What another process changes is seen after the next `add` or `remove`, or by opening the library again. All
+    What another process changes is seen after the next `add` or `remove`, or by opening the library again. Every byte
+    is checked when a library is opened: a file that was read before and is the same since is not read again. All
     errors are `DsskError`s.
     """
 
@@ -92,121 +100,104 @@ class ContextLibrary:
         path: str | Path,
         model: str | Path | None = None,
         *,
-        storage_dtype: store.StorageDtype = "bf16",
+        storage_dtype: StorageDtype = "bf16",
         maximum_input_length: int | None = None,
     ):
         self.path = Path(path)
-        self.read_only = (self.path / store.MANIFEST).is_file()
         self._model = find_encoder(model) if model else None
-        if not self.read_only and not (self.path / MANIFEST).is_file():
+        if not is_store(self.path):
             if self._model is None:
                 raise DsskError(
                     f"no library of contexts at {path}: to begin one, name the model that encodes"
                 )
-            self._create(Manifest(**describe_encoding(*self._model, storage_dtype, maximum_input_length)))
+            encoding = describe_encoding(*self._model, storage_dtype, maximum_input_length)
+            self._create(Manifest(**encoding, segments=[], files={}))
         self._open()
         if model:
             self.check_model(model)
 
+    @property
+    def read_only(self) -> bool:
+        return not self.manifest.is_library
+
     def check_model(self, model: str | Path) -> None:
         """Raise `DsskError` if `model` cannot read these contexts, because another base encoded them."""
-        store.check_model(self.manifest, *find_encoder(model))
+        check_model(self.manifest, *find_encoder(model))
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __contains__(self, id: object) -> bool:
-        return id in self._rows
+        return id in self._places
 
     def __iter__(self) -> Iterator[str]:
         """The ids, in the order in which the contexts were added."""
-        return iter(self._rows)
+        return iter(self._places)
 
     def get(self, id: str) -> Context:
         """The context of an id. Raises `DsskError` if there is none."""
-        shard, row = self._find(id)
-        values = {
-            name: shard.table[name][row].as_py()
-            for name in ("title", "truncated", "context", "n_tokens")
-            if name in shard.table.column_names
-        }
+        segment, row = self._find(id)
         return Context(
             id=id,
-            title=values.get("title", ""),
-            text=values["context"],
-            n_tokens=values["n_tokens"],
-            truncated=values.get("truncated", False),
-            encoder_hidden_states=shard.states(row),
+            title=segment.value("title", row, ""),
+            text=segment.value("context", row, ""),
+            n_tokens=segment.value("n_tokens", row, 0),
+            truncated=segment.value("truncated", row, False),
+            encoder_hidden_states=segment.states(row),
         )
 
     def search(self, question: str, k: int = 1) -> list[Hit]:
         """At most `k` contexts that share words with `question`, best first, by BM25 over titles and texts."""
-        (words,) = bm25s.tokenize([question], token_pattern=WORD, return_ids=False, show_progress=False)
-        if self._index is None or not any(word in self._index.vocab_dict for word in words):
-            return []
-        rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)
-        ids = list(self._rows)
-        return [
-            Hit(ids[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True) if score > 0
-        ]
+        try:
+            index = self._index
+        except DamagedData:
+            if load_manifest(self.path) == self.manifest:
+                raise
+            self._open()  # another process has changed the library
+            index = self._index
+        ids = list(self._places)
+        return [Hit(ids[row], score) for row, score in index.search(question, k)]
 
     @cached_property
-    def _index(self) -> bm25s.BM25 | None:
-        """Made from all texts when it is first needed; None if there are no words in them."""
-        contexts = map(self.get, self)
-        texts = [f"{c.title}\n{c.text}" for c in contexts]
-        words = bm25s.tokenize(texts, token_pattern=WORD, show_progress=False)
-        if not words.vocab:
-            return None
-        index = bm25s.BM25()
-        index.index(words, show_progress=False)
+    def _index(self) -> WordIndex:
+        infos = {name: info for name, info in self.manifest.files.items() if name.startswith(SEARCH)}
+        if not infos:
+            return WordIndex.of_texts(_texts(self._places.values()))
+        paths = [verified(self.path, name, info) for name, info in infos.items()]
+        index = WordIndex.load(paths[0].parent)
+        if len(index) != len(self):
+            raise DamagedData(f"{paths[0].parent} is not the index of these contexts: {repair(self.path)}")
         return index
 
     def verify(self) -> None:
-        """Read all that is kept. Raises `DamagedData` that names the first segment that is not as it was written."""
-        if self.read_only:
-            raise DsskError(
-                f"{self.path} is the store of a data set: run `python -m dssk.data.verify {self.path}`"
-            )
-        for segment in self.manifest.segments:
-            if files.xxh3_128(self.path / segment.name) != segment.xxh3_128:
-                raise DamagedData(f"{self.path / segment.name} is damaged, its checksum is another: {REMEDY}")
+        """Read all that is kept. Raises `DamagedData` that names what is not as it was written."""
+        verify.check(self.path, anew=True)
 
-    def _find(self, id: str) -> tuple[store.Shard, int]:
-        if id not in self._rows:
-            raise DsskError(f"no context {id!r} in {self.path}{nearest(str(id), self._rows)}")
-        return self._rows[id]
+    def _find(self, id: str) -> Place:
+        if id not in self._places:
+            raise DsskError(f"no context {id!r} in {self.path}{nearest(str(id), self._places)}")
+        return self._places[id]
 
     def _open(self) -> None:
         """See what is in the folder now."""
         self.__dict__.pop("_index", None)
-        if self.read_only:
-            self.manifest, shards = _open_store(self.path)
-            places = [(shard, row) for shard in shards for row in range(len(shard.table))]
-            self._rows = {str(number): place for number, place in enumerate(places)}
-            return
-        try:
-            self._map_segments()
-        except FileNotFoundError:  # replaced by another process after the manifest was read
-            self._map_segments()
-        numbered = sorted(
-            (number, id, name, row)
-            for name, shard in self._shards.items()
-            for row, (number, id) in enumerate(zip(*_columns(shard, "number", "id"), strict=True))
-        )
-        self._rows = {id: (self._shards[name], row) for _, id, name, row in numbered}
-        self._next_number = numbered[-1][0] + 1 if numbered else 0
-
-    def _map_segments(self) -> None:
         self.manifest = load_manifest(self.path)
-        self._shards = {}
-        for segment in self.manifest.segments:
-            path = self.path / segment.name
-            if path.stat().st_size != segment.num_bytes:
-                raise DamagedData(f"{path} is damaged, it is not {segment.num_bytes} bytes: {REMEDY}")
-            self._shards[segment.name] = _map(path, self.manifest)
+        if self.manifest.storage_dtype is None:
+            raise DsskError(f"{self.path} holds texts only: encode them, without --text_only")
+        try:
+            self._segments = self._open_segments()
+        except DamagedData:
+            manifest = load_manifest(self.path)
+            if manifest == self.manifest:
+                raise
+            self.manifest = manifest  # changed by another process after it was read
+            self._segments = self._open_segments()
+        self._places = _places(self._segments)
+
+    def _open_segments(self) -> list[SegmentFile]:
+        return [open_segment(self.path, self.manifest, segment) for segment in self.manifest.segments]
 
     # --- writing -----------------------------------------------------------------------------------------------
 
@@ -226,7 +217,7 @@ class ContextLibrary:
         if empty := [id for id, text in zip(ids, texts, strict=True) if not text.strip()]:
             raise DsskError(f"the context {empty[0]!r} is empty")
         with self._writing():
-            known = set(self._rows)
+            known = set(self._places)
             for id in ids:
                 if id in known:
                     raise DsskError(
@@ -234,86 +225,140 @@ class ContextLibrary:
                     )
                 known.add(id)
             if texts:
-                self._publish(self._write(texts, ids, titles))
+                segments, small = self._without_small()
+                tables = itertools.chain(self._tables(small), self._encoded(ids, titles, texts))
+                self._publish([*segments, *map(self._write, _grouped(tables))])
         return ids
 
     def remove(self, ids: str | Iterable[str]) -> None:
         """Forget contexts, all of them or none, and free their space."""
         with self._writing():
-            gone: dict[store.Shard, set[int]] = {}
-            for id in [ids] if isinstance(ids, str) else ids:
-                shard, row = self._find(id)
-                gone.setdefault(shard, set()).add(row)
-            segments = []
-            for segment in self.manifest.segments:
-                shard = self._shards[segment.name]
-                rows = [row for row in range(segment.rows) if row not in gone.get(shard, ())]
-                if len(rows) == segment.rows:
+            gone = {self._find(id) for id in ([ids] if isinstance(ids, str) else ids)}
+            segments: list[Segment] = []
+            for segment, places in self._by_segment():
+                kept = [place for place in places if place not in gone]
+                if segment and len(kept) == len(places):
                     segments.append(segment)
-                elif rows:
-                    segments.append(self._write_segment(shard.table.take(rows).to_batches()))
+                else:
+                    segments += map(self._write, self._tables(kept))
             self._publish(segments)
 
     def _create(self, manifest: Manifest) -> None:
         files.make_folder(self.path.parent)
-        with store.lock(self.path):
-            if (self.path / MANIFEST).is_file():  # another process was sooner
+        with lock(self.path):
+            if is_store(self.path):  # another process was sooner
                 return
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise DsskError(f"{self.path} holds something else: begin a library in a new folder")
             files.make_folder(self.path)
-            files.publish_json(self.path / MANIFEST, manifest.model_dump())
+            files.publish_text(self.path / MANIFEST, manifest.to_json())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Be the only writer, and start from what is there now."""
+        """Be the only writer, and start from what is there now, all of it verified."""
         if self.read_only:
             raise DsskError(
                 f"{self.path} is the store of a data set, it can only be read: begin a library in a new folder"
             )
-        with store.lock(self.path):
+        with lock(self.path):
             self._open()
             files.remove_temps(self.path)
-            for path in self.path.glob("contexts-*.arrow"):
-                if path.name not in self._shards:  # left by a writer that was killed
-                    files.remove(path)
+            self._remove_unnamed()
+            files.make_folder(files.inside(self.path, CONTEXTS))
             yield
+
+    def _remove_unnamed(self) -> None:
+        """Remove segments and indices that do not count: of the last manifest, or of a writer that was killed."""
+        named = {
+            name if name.startswith(CONTEXTS) else name.split("/")[0] for name in self.manifest.all_files
+        }
+        for pattern in (f"{CONTEXTS}/*", "*"):
+            for path in self.path.glob(pattern):
+                name = path.relative_to(self.path).as_posix()
+                if _OURS.fullmatch(name) and name not in named:
+                    files.remove(files.inside(self.path, name))
+
+    def _by_segment(self) -> list[tuple[Segment | None, list[Place]]]:
+        """All contexts in order, by segment; those of version 0.1 as one that is to be written anew."""
+        if (self.path / v01.LIBRARY).is_file() and not (self.path / MANIFEST).is_file():
+            return [(None, list(self._places.values()))]
+        opened = zip(self.manifest.segments, self._segments, strict=True)
+        return [(info, [Place(segment, row) for row in range(info.rows)]) for info, segment in opened]
+
+    def _without_small(self) -> tuple[list[Segment], list[Place]]:
+        """The segments that stay, and what lies in small ones at the end."""
+        segments = self._by_segment()
+        small: list[Place] = []
+        while segments and (segments[-1][0] is None or segments[-1][0].num_bytes < SMALL_BYTES):
+            small = segments.pop()[1] + small
+        return [segment for segment, _ in segments if segment], small
+
+    def _tables(self, places: Sequence[Place]) -> Iterator[pa.Table]:
+        """Contexts of the library, in this order, as tables of about SEGMENT_BYTES."""
+        names = context_features(self._storage_dtype).arrow_schema.names
+        opened = list(dict.fromkeys(place.segment for place in places))
+        first = dict(zip(opened, np.cumsum([0, *(len(segment.table) for segment in opened)]), strict=False))
+        num_tokens = [place.segment.value("n_tokens", place.row, 0) for place in places]
+        for rows in self._chunks(num_tokens):
+            indices = [first[places[row].segment] + places[row].row for row in rows]
+            yield pa.concat_tables([segment.table.select(names) for segment in opened]).take(indices)
+
+    def _encoded(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]) -> Iterator[pa.Table]:
+        """New contexts in their order, as tables of about SEGMENT_BYTES."""
+        tokens = self._encoder.tokenize(texts)
+        longest = self.manifest.maximum_input_length
+        for rows in self._chunks([min(longest, len(row)) for row in tokens]):
+            done = list(self._encoder.encode([texts[row] for row in rows], [tokens[row] for row in rows]))
+            records = [
+                encoded_record(
+                    [ids[rows[row]] for row in batch.rows],
+                    [titles[rows[row]] for row in batch.rows],
+                    [texts[rows[row]] for row in batch.rows],
+                    *batch[1:],
+                )
+                for batch in done
+            ]
+            order = np.argsort([row for batch in done for row in batch.rows])
+            yield pa.Table.from_batches(records).take(order)
+
+    def _chunks(self, num_tokens: Sequence[int]) -> Iterator[range]:
+        """Consecutive rows of contexts of these lengths, of about SEGMENT_BYTES."""
+        token_bytes = encoding_bytes(self._storage_dtype, self.manifest.hidden_size)
+        start = num_bytes = 0
+        for row, tokens in enumerate(num_tokens):
+            num_bytes += tokens * token_bytes
+            if num_bytes >= SEGMENT_BYTES or row == len(num_tokens) - 1:
+                yield range(start, row + 1)
+                start, num_bytes = row + 1, 0
+
+    def _write(self, table: pa.Table) -> Segment:
+        name = f"{CONTEXTS}/data-{secrets.token_hex(8)}.arrow"
+        info = write_table(self.path / name, table.schema, table.combine_chunks().to_batches())
+        return Segment(name=name, rows=len(table), **info.model_dump())
 
     def _publish(self, segments: list[Segment]) -> None:
         """Let exactly these segments count, and remove the others; who has them mapped can read on."""
-        files.publish_json(
-            self.path / MANIFEST, self.manifest.model_copy(update={"segments": segments}).model_dump()
-        )
-        for name in self._shards.keys() - {segment.name for segment in segments}:
-            files.remove(self.path / name)
+        opened = dict(zip(self.manifest.segments, self._segments, strict=True)) if self._segments else {}
+        new = [opened.get(s) or read_segment(self.path / s.name, self.manifest, s.rows) for s in segments]
+        infos = self._write_index(WordIndex.of_texts(_texts(_places(new).values())))
+        manifest = self.manifest.model_copy(update={"segments": segments, "files": infos})
+        files.publish_text(self.path / MANIFEST, manifest.to_json())
+        files.remove(self.path / v01.LIBRARY)
         self._open()
+        self._remove_unnamed()
 
-    def _write(self, texts: Sequence[str], ids: Sequence[str], titles: Sequence[str]) -> list[Segment]:
-        """Encode and write contexts; returns all segments that are to count then."""
-        small = [s for s in self.manifest.segments if s.num_bytes < SMALL_BYTES]
-        segments = [s for s in self.manifest.segments if s not in small]
-        batches = [batch for s in small for batch in self._shards[s.name].table.to_batches()]
-        num_bytes = sum(s.num_bytes for s in small)
-        for rows, record in self._encoder.encode(texts):
-            batch = pa.record_batch(
-                {
-                    "id": pa.array([ids[row] for row in rows], pa.string()),
-                    "title": pa.array([titles[row] for row in rows], pa.string()),
-                    "number": pa.array([self._next_number + row for row in rows], pa.int64()),
-                    **record,
-                }
-            )
-            batches.append(batch)
-            num_bytes += batch.nbytes
-            if num_bytes >= SEGMENT_BYTES:
-                segments.append(self._write_segment(batches))
-                batches, num_bytes = [], 0
-        return [*segments, self._write_segment(batches)] if batches else segments
+    def _write_index(self, index: WordIndex) -> dict[str, FileInfo]:
+        name = f"{SEARCH}{secrets.token_hex(8)}"
+        with files.publish_folder(self.path / name) as folder:
+            index.save(folder)
+            return {
+                f"{name}/{path.name}": FileInfo(num_bytes=path.stat().st_size, xxh3_128=files.xxh3_128(path))
+                for path in folder.iterdir()
+            }
 
-    def _write_segment(self, batches: list[pa.RecordBatch]) -> Segment:
-        name = f"contexts-{secrets.token_hex(8)}.arrow"
-        info = store.write_table(self.path / name, batches[0].schema, batches)
-        return Segment(name=name, rows=sum(map(len, batches)), **info.model_dump())
+    @property
+    def _storage_dtype(self) -> StorageDtype:
+        return cast(StorageDtype, self.manifest.storage_dtype)
 
     @cached_property
     def _encoder(self) -> TextEncoder:
@@ -328,60 +373,33 @@ def content_id(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Read `library.json`. Raises `DamagedData` if it cannot be understood."""
-    try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except ValueError as error:
-        raise DamagedData(f"{path / MANIFEST} is damaged: {REMEDY}") from error
-    if manifest.format_version != store.FORMAT_VERSION:
-        raise DsskError(
-            f"{path} has format version {manifest.format_version}, this dssk reads {store.FORMAT_VERSION}: {REMEDY}"
-        )
-    return manifest
+def _places(segments: Iterable[SegmentFile]) -> dict[str, Place]:
+    """Where each context is, by id and in order."""
+    numbered: list[tuple[int, str, Place]] = []
+    for segment in segments:
+        first = len(numbered)
+        rows = zip(
+            segment.column("number"), segment.column("id"), strict=True
+        )  # 0.1 had numbers in its libraries,
+        for row, (number, id) in enumerate(rows):  # and no ids in its stores
+            place = Place(segment, row)
+            numbered.append((first + row if number is None else number, id or str(first + row), place))
+    numbered.sort(key=lambda entry: entry[0])
+    return {id: place for _, id, place in numbered}
 
 
-def _open_store(path: Path) -> tuple[Any, list[store.Shard]]:
-    manifest = store.load_manifest(path)
-    store.check_sizes(path, manifest)
-    if manifest.storage_dtype is None:
-        raise DsskError(f"{path} holds texts only: encode them, without --text_only")
-    names = [store.shard_name(index, len(manifest.shards)) for index in range(len(manifest.shards))]
-    return manifest, [_map(path / store.CONTEXTS / f"{name}.arrow", manifest) for name in names]
+def _texts(places: Iterable[Place]) -> list[str]:
+    """What is searched of each context."""
+    return [f"{s.value('title', row, '')}\n{s.value('context', row, '')}" for s, row in places]
 
 
-def _map(path: Path, encoding: store.Encoding) -> store.Shard:
-    return store.Shard(path, cast(store.StorageDtype, encoding.storage_dtype), encoding.hidden_size)
-
-
-def _columns(shard: store.Shard, *names: str) -> list[list[Any]]:
-    return [shard.table[name].to_pylist() for name in names]
-
-
-def describe(context: Context) -> str:
-    """One line about a context."""
-    cut = " (cut)" if context.truncated else ""
-    return f"{context.id}\t{context.n_tokens} tokens{cut}\t{context.title or ' '.join(context.text.split())[:60]}"
-
-
-def read_contexts(file: Path) -> list[dict[str, str]]:
-    """The contexts of a text file or of JSON lines, as dicts with `context`, `id` and `title`."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DsskError(f"cannot read {file}: {error}") from error
-    if file.suffix != ".jsonl":
-        return [{"context": text.strip(), "id": file.stem, "title": ""}]
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                context = row["context"]
-                id, title = row.get("id", content_id(context)), row.get("title", "")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DsskError(
-                    f'{file}:{number}: want {{"context": text}}, with "id" and "title" at will'
-                ) from None
-            rows.append({"context": context, "id": str(id), "title": str(title)})
-    return rows
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of at least SEGMENT_BYTES, but for the last."""
+    open_tables: list[pa.Table] = []
+    for table in tables:
+        open_tables.append(table)
+        if sum(part.nbytes for part in open_tables) >= SEGMENT_BYTES:
+            yield pa.concat_tables(open_tables)
+            open_tables = []
+    if open_tables:
+        yield pa.concat_tables(open_tables)

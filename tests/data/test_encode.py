@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dssk.data import encode
 from dssk.errors import Diverged, EnvironmentFault
+from dssk.inference import encoding
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.store import format as store
 from tests.conftest import REPOSITORY
@@ -23,7 +23,7 @@ from tests.data.conftest import rows, stamps, tree, write_jsonl
 @pytest.fixture
 def forwards(monkeypatch):
     """The shapes of all batches that the model gets; `forwards.fail(shape)` may raise."""
-    real = encode.encode
+    real = encoding.encode
 
     class Spy(list):
         fail = staticmethod(lambda shape: None)
@@ -34,7 +34,7 @@ def forwards(monkeypatch):
             return real(model, input_ids, attention_mask)
 
     spy = Spy()
-    monkeypatch.setattr(encode, "encode", spy)
+    monkeypatch.setattr(encoding, "encode", spy)
     return spy
 
 
@@ -68,14 +68,17 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, preprocess, source
     path = preprocess(tmp_path / "halved", source)
     for context, halved in states(path).items():
         torch.testing.assert_close(halved, whole[context], rtol=0.02, atol=0.02)
-    assert [shard.out_of_memory_splits for shard in store.load_manifest(path).shards] == [6] * 5
+    shards = [store.load_shard_info(file) for file in sorted((path / "contexts").glob("data-*.json"))]
+    assert [shard and shard.out_of_memory_splits for shard in shards] == [6] * 5
 
 
 def test_out_of_memory_on_one_context_stops_with_its_number_and_tokens(
     tmp_path, preprocess, source, forwards
 ):
     forwards.fail = lambda shape: out_of_memory(shape) if shape[1] > 100 else None
-    with pytest.raises(EnvironmentFault, match=r"out of memory on context 0 alone, \d+ tokens: lower"):
+    with pytest.raises(
+        EnvironmentFault, match=r"out of memory on context 0 \('Town 6 .*'\) alone, \d+ tokens: lower"
+    ):
         preprocess(tmp_path, source)
     forwards.fail = lambda shape: None
     preprocess(tmp_path, source)  # nothing was damaged
@@ -106,7 +109,7 @@ def test_nan_stops_the_work_and_names_the_context(tmp_path, preprocess, base_pat
 
 
 def test_a_value_too_large_for_the_storage_type_stops_the_work(tmp_path, preprocess, source, monkeypatch):
-    monkeypatch.setattr(encode, "encode", lambda model, ids, mask: torch.full((*ids.shape, 32), 1e6))
+    monkeypatch.setattr(encoding, "encode", lambda model, ids, mask: torch.full((*ids.shape, 32), 1e6))
     with pytest.raises(Diverged, match="as fp16"):
         preprocess(tmp_path / "fp16", source, storage_dtype="fp16")
     preprocess(tmp_path / "bf16", source, storage_dtype="bf16")
@@ -114,8 +117,10 @@ def test_a_value_too_large_for_the_storage_type_stops_the_work(tmp_path, preproc
 
 def test_the_model_computes_in_the_type_that_was_asked_for(tmp_path, preprocess, source, monkeypatch):
     seen = []
-    real = encode.encode
-    monkeypatch.setattr(encode, "encode", lambda model, *args: seen.append(model.dtype) or real(model, *args))
+    real = encoding.encode
+    monkeypatch.setattr(
+        encoding, "encode", lambda model, *args: seen.append(model.dtype) or real(model, *args)
+    )
     path = preprocess(tmp_path, source, dtype="bf16")
     assert set(seen) == {torch.bfloat16}
     assert store.load_manifest(path).model_dtype == "bfloat16"

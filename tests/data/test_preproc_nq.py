@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, preprocess, sour
     kept = stamps(path.glob("contexts/data-*"))
     assert len(kept) == 6
     for folder in (path, path / "train", path / "contexts"):
-        (folder / ".tmp-0-data").write_bytes(b"left behind")
+        (folder / ".tmp-01234567-data").write_bytes(b"left behind")
     preprocess(tmp_path / "cut", source)
     assert f"Going on in {path}" in capsys.readouterr().out
     assert stamps(kept) == kept

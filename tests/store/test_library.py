@@ -1,21 +1,25 @@
 """Libraries of contexts: what is kept, what is refused, and what a killed writer leaves."""
 
-import json
 import multiprocessing
 import os
+import random
 import shutil
-from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dssk import prompts
-from dssk.commands import library as library_command
 from dssk.errors import DamagedData, DsskError, Locked
-from dssk.inference.base import encode, load_base
-from dssk.store import format as store
-from dssk.store import library
+from dssk.inference.encoding import encode
+from dssk.inference.loading import load_base
+from dssk.store import library, verify
+from dssk.store.dataset import load_rows
 from dssk.store.library import ContextLibrary
+from dssk.store.manifest import lock
+from dssk.store.opening import load_manifest
+from dssk.store.search import WordIndex
 from dssk.utils import files
 from tests.conftest import byte_tokenizer, fused, make_base
 
@@ -33,11 +37,17 @@ def filled(base_path, tmp_path) -> ContextLibrary:
 def states_of(base_path, text: str) -> torch.Tensor:
     """(S, d)"""
     ids = byte_tokenizer()(prompts.context(text), return_tensors="pt")["input_ids"]
-    return encode(load_base(base_path), ids)[0]
+    return encode(load_base(base_path), ids, torch.ones_like(ids))[0]
 
 
 def names(opened: ContextLibrary) -> set[str]:
-    return {path.name for path in opened.path.iterdir()}
+    """Every file, but those of the index, which each change makes anew."""
+    found = (path for path in opened.path.rglob("*") if path.is_file() and path.parent.name[:7] != "search-")
+    return {path.relative_to(opened.path).as_posix() for path in found}
+
+
+def segments(opened: ContextLibrary) -> list[Path]:
+    return sorted(opened.path.glob("contexts/*.arrow"))
 
 
 @pytest.mark.parametrize(
@@ -89,17 +99,17 @@ def test_what_cannot_be_added_adds_nothing(filled, texts, ids, message):
 def test_a_context_that_is_removed_is_gone_from_search_and_disk(filled):
     held = filled.get("mill").encoder_hidden_states
     values = held.clone()
-    num_bytes = sum(path.stat().st_size for path in filled.path.iterdir())
+    num_bytes = sum(path.stat().st_size for path in segments(filled))
     assert [hit.id for hit in filled.search("mill", 3)] == ["mill", "bridge"]
     filled.remove(["mill", "ann"])
     assert list(filled) == list(ContextLibrary(filled.path)) == ["bridge"]
     assert [hit.id for hit in filled.search("mill", 3)] == ["bridge"]
     assert filled.search("ann") == []
-    assert sum(path.stat().st_size for path in filled.path.iterdir()) < num_bytes
+    assert sum(path.stat().st_size for path in segments(filled)) < num_bytes
     assert torch.equal(held, values)  # who reads it can go on
     filled.remove("bridge")
     assert len(filled) == 0
-    assert names(filled) == {"library.json"}
+    assert names(filled) == {"manifest.json"}
     assert filled.search("mill") == []
     filled.add(TEXTS[:1], ids=["mill"])
     assert list(filled) == ["mill"]
@@ -186,7 +196,7 @@ def test_a_store_opens_as_a_library_that_cannot_be_written_to(store_path, base_p
     assert list(opened) == [str(number) for number in range(24)]
     (hit,) = opened.search("who built mill 7")
     assert "Mill 7 was built" in opened.get(hit.id).text
-    for row in store.load_rows(store_path)["val"]:
+    for row in load_rows(store_path)["val"]:
         (id,) = (id for id in opened if opened.get(id).text == row["context"])
         assert torch.equal(opened.get(id).encoder_hidden_states, row["encoder_hidden_states"])
     for write in (lambda: opened.add(["new"]), lambda: opened.remove("1")):
@@ -206,35 +216,140 @@ def test_folders_of_something_else_are_left_alone(base_path, tmp_path):
 
 
 def test_damage_is_found_when_it_is_opened(filled):
-    (segment,) = filled.path.glob("*.arrow")
-    with open(segment, "r+b") as file:
-        file.truncate(segment.stat().st_size - 1)
+    (segment,) = segments(filled)
+    content = segment.read_bytes()
+    segment.write_bytes(content[:-1])
     with pytest.raises(DamagedData, match=segment.name):
         ContextLibrary(filled.path)
-    manifest = filled.path / "library.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(DsskError, match="has format version 2, this dssk reads 1"):
-        ContextLibrary(filled.path)
-    manifest.write_text("{}")
-    with pytest.raises(DamagedData, match="library.json"):
-        ContextLibrary(filled.path)
-
-
-def test_a_changed_byte_is_found_by_verifying(filled, store_path):
-    filled.verify()
-    (segment,) = filled.path.glob("*.arrow")
-    content = bytearray(segment.read_bytes())
-    content[len(content) // 2] ^= 1
     segment.write_bytes(content)
-    with pytest.raises(DamagedData, match=f"{segment.name} is damaged, its checksum is another"):
-        ContextLibrary(filled.path).verify()
-    with pytest.raises(DsskError, match="dssk.data.verify"):
-        ContextLibrary(store_path).verify()
+    manifest = filled.path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format_version":2', '"format_version":3').replace(": 2", ": 3"))
+    with pytest.raises(DsskError, match="has format version 3, this dssk reads 2"):
+        ContextLibrary(filled.path)
+    for damaged in ("{}", "null", "[" * 100_000, "", text[:-2], text.replace("32", "33")):
+        manifest.write_text(damaged)
+        with pytest.raises(DsskError, match="manifest.json"):
+            ContextLibrary(filled.path)
+
+
+def test_every_flipped_byte_is_found_by_the_first_that_reads_it_and_never_joined(filled, tmp_path):
+    """150 of 150 mutations of any file of a library: one line, exit code 4, and nothing is written."""
+    rng = random.Random(0)
+    paths = sorted(path for path in filled.path.rglob("*") if path.is_file())
+    whole = {path: path.read_bytes() for path in paths}
+    for _ in range(150):
+        path = rng.choice(paths)
+        changed = bytearray(whole[path])
+        position = rng.randrange(len(changed))
+        if rng.random() < 0.2:
+            del changed[position : position + rng.randrange(1, 50)]
+        else:
+            changed[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        for use in (
+            lambda: ContextLibrary(filled.path).search("mill"),
+            lambda: ContextLibrary(filled.path).verify(),
+        ):
+            with pytest.raises(DsskError, match=r"^[^\n]*$"):
+                use()
+        if path.parent.name == "contexts":
+            for write in (lambda: filled.add(["new"], ["new"]), lambda: filled.remove("ann")):
+                with pytest.raises(DamagedData, match="was altered|bytes, not"):
+                    write()
+        path.write_bytes(whole[path])
+    assert {path: path.read_bytes() for path in filled.path.rglob("*") if path.is_file()} == whole
+    filled.verify()
+    assert list(ContextLibrary(filled.path)) == ["mill", "bridge", "ann"]
+
+
+def rewrite(path, **changes) -> None:
+    """Change fields of a manifest, and its checksum with them."""
+    manifest = load_manifest(path).model_copy(update=changes)
+    (path / "manifest.json").write_text(manifest.to_json())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 16},
+        {"hidden_size": -1},
+        {"hidden_size": 10**12},
+        {"maximum_input_length": -5},
+        {"storage_dtype": "fp16x"},
+        {"storage_dtype": "fp32"},
+        {"storage_dtype": "int8"},
+    ],
+)
+def test_a_manifest_with_nonsense_is_refused(filled, changes):
+    rewrite(filled.path, **changes)
+    with pytest.raises(DamagedData):
+        ContextLibrary(filled.path)
+
+
+def test_names_in_a_manifest_never_lead_outside(filled, tmp_path):
+    (segment,) = filled.manifest.segments
+    victim = tmp_path / "other" / "contexts" / Path(segment.name).name
+    victim.parent.mkdir(parents=True)
+    shutil.copy(filled.path / segment.name, victim)
+    for name in (f"../other/{segment.name}", str(victim), f"contexts/../../other/{segment.name}"):
+        rewrite(filled.path, segments=[segment.model_copy(update={"name": name})])
+        for use in (ContextLibrary, verify.check):
+            with pytest.raises(DamagedData, match="is not the name of a file in it"):
+                use(filled.path)
+        with pytest.raises(DamagedData):
+            filled.add(["new"])
+        assert victim.exists()
+    (filled.path / "out").symlink_to(tmp_path / "other")
+    rewrite(filled.path, segments=[segment.model_copy(update={"name": f"out/{segment.name}"})])
+    with pytest.raises(DamagedData, match="is not the name of a file in it"):
+        ContextLibrary(filled.path)
+
+
+def test_a_change_removes_nothing_but_what_a_killed_writer_left(filled):
+    """Names of other people are left alone, also those that begin like ours."""
+    others = [
+        "contexts/notes.txt",
+        "contexts/data-1.arrow",
+        "contexts-mine.arrow",
+        "search-engine/a",
+        ".tmp-mine",
+    ]
+    ours = ["contexts/data-0123456789abcdef.arrow", "search-0123456789abcdef/params.json", ".tmp-01234567-x"]
+    for name in others + ours:
+        (filled.path / name).parent.mkdir(exist_ok=True)
+        (filled.path / name).touch()
+    filled.add(["new"], ids=["new"])
+    assert all((filled.path / name).exists() for name in others)
+    assert not any((filled.path / name).exists() for name in ours)
+
+
+def test_verified_files_are_not_read_again(filled, monkeypatch, tmp_path):
+    """Opening takes no longer for more states: the second time a segment is only looked at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("dssk.utils.hashes._is_settled", lambda path: True)
+    ContextLibrary(filled.path).search("mill")
+    monkeypatch.setattr("dssk.utils.files.xxh3_128", lambda *args: pytest.fail("a file was read whole"))
+    assert ContextLibrary(filled.path).search("mill")
+
+
+def test_the_index_is_read_from_the_disk(filled, monkeypatch):
+    expected = filled.search("mill bridge", 2)
+    monkeypatch.setattr(WordIndex, "of_texts", lambda texts: pytest.fail("the index was made anew"))
+    opened = ContextLibrary(filled.path)
+    assert opened.search("mill bridge", 2) == expected
+    assert isinstance(opened._index._index.scores["data"], np.memmap)
+
+
+def test_a_reader_meets_an_index_that_another_process_replaced(filled):
+    reader = ContextLibrary(filled.path)
+    filled.add(["a zeppelin"], ids=["zeppelin"])
+    assert [hit.id for hit in reader.search("zeppelin")] == ["zeppelin"]
 
 
 def test_only_one_writes_at_a_time_and_nobody_else_s_work_is_lost(filled):
     other = ContextLibrary(filled.path)
-    with store.lock(filled.path), pytest.raises(Locked, match="is held by"):
+    with lock(filled.path), pytest.raises(Locked, match="is held by"):
         other.add(["x"])
     other.add(["x"], ids=["x"])
     filled.add(["y"], ids=["y"])
@@ -265,7 +380,7 @@ def _write_until_killed(path, step: int) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(filled, monkeypatch):
     seen = set()
-    for step in range(1, 20):
+    for step in range(1, 40):
         copy = shutil.copytree(filled.path, filled.path.with_name(f"copy-{step}"))
         process = multiprocessing.get_context("fork").Process(target=_write_until_killed, args=(copy, step))
         process.start()
@@ -275,8 +390,11 @@ def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(filled, monkeypatch
         for id in again:
             assert again.get(id).encoder_hidden_states.isfinite().all()
         again.add(["after"], ids=["after"])
-        segments = {segment.name for segment in again.manifest.segments}
-        assert names(again) == {"library.json", *segments}
+        assert {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()} == {
+            "manifest.json",
+            *again.manifest.all_files,
+        }
+        assert [hit.id for hit in again.search("after")] == ["after"]
         if process.exitcode == 0:
             break
     assert process.exitcode == 0
@@ -294,29 +412,3 @@ def test_a_full_disk_leaves_the_library_as_it_was(filled, monkeypatch):
     monkeypatch.undo()
     assert names(filled) == before
     assert len(ContextLibrary(filled.path)) == 3
-
-
-@pytest.fixture
-def command(run_command):
-    return partial(run_command, library_command)
-
-
-def test_the_command(base_path, tmp_path, command):
-    (tmp_path / "mill.txt").write_text(TEXTS[0] + "\n")
-    more = tmp_path / "more.jsonl"
-    rows = [{"context": TEXTS[1], "id": 7, "title": "Aston"}, {"context": TEXTS[2]}]
-    more.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "library"
-    added = command(folder, "add", tmp_path / "mill.txt", more, "--checkpoint", base_path)
-    assert added == command(folder, "list")
-    lines = [line.split("\t") for line in added.splitlines()]
-    assert [line[0] for line in lines] == ["mill", "7", library.content_id("Ann.")]
-    assert lines[1][1:] == ["61 tokens", "Aston"]
-    assert "7\t" in command(folder, "search", "aston", "--k", "1")
-    assert command(folder, "remove", "7") == ""
-    assert "Aston" not in command(folder, "list")
-    assert "2 contexts are as they were written" in command(folder, "verify")
-    assert "cannot read" in command(folder, "add", tmp_path / "no.txt", code=2)
-    more.write_text('{"context": "fine"}\n{"text": "x"}\n')
-    assert 'more.jsonl:2: want {"context": text}' in command(folder, "add", more, code=2)
-    assert "no library of contexts" in command(tmp_path / "none", "list", code=2)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from dssk.inference.loading import load_model
 from dssk.store import verify
-from dssk.store.format import check_model, load_manifest, load_rows
+from dssk.store.dataset import load_rows
+from dssk.store.opening import check_model, load_manifest
 from dssk.store.library import ContextLibrary
 
 V01 = Path(__file__).parent

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dssk.data.plan import tokenize_contexts
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.base import encode
-from dssk.inference.tokenizer import load_tokenizer
+from dssk.inference.encoding import encode
+from dssk.inference.rounding import quantize
+from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
 from dssk.store import format as store
 from tests.conftest import make_base
 
@@ -119,7 +119,7 @@ def test_every_storage_type_gives_back_the_states(
 
 def test_int8_keeps_tokens_of_zeros_and_of_any_size():
     states = torch.tensor([[0.0, 0.0], [1e-30, -2e-30], [3e30, 1e30], [0.5, -1.0]])
-    values, scale = store.quantize(states, "int8")
+    values, scale = quantize(states, "int8")
     assert scale is not None
     back = values.to(torch.float32) * scale.float()[:, None]
     assert torch.all((back - states).abs() <= states.abs().amax(dim=1, keepdim=True) / 127)
@@ -148,8 +148,9 @@ def test_the_manifest_says_what_was_encoded(finished, base_path):
     assert manifest.model_dtype == "float32"
     assert manifest.storage_dtype == "bf16"
     assert manifest.maximum_input_length == 256
-    assert sum(shard.tokens for shard in manifest.shards) == manifest.counts.tokens
-    assert len(manifest.files) == 1 + 3 + 3 + 2 + 2 * 5
+    assert sum(segment.rows for segment in manifest.segments) == manifest.counts.contexts
+    assert len(manifest.all_files) == 1 + 3 + 3 + 2 + 2 * 5
+    assert manifest.encode_layer == "last"
 
 
 def test_a_folder_without_manifest_is_unfinished(damaged, tmp_path):
@@ -178,7 +179,7 @@ def test_any_change_of_the_manifest_is_found(damaged):
 def test_a_store_of_a_later_format_is_refused(damaged):
     path = damaged / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(DsskError, match="format version 99, this dssk reads 1"):
+    with pytest.raises(DsskError, match="format version 99, this dssk reads 2"):
         store.load_rows(damaged)
 
 
@@ -227,6 +228,6 @@ def test_another_tokenizer_is_refused(finished, base_path, tmp_path):
 
 
 def test_another_template_is_refused(finished, base_path, monkeypatch):
-    monkeypatch.setattr("dssk.prompts.TEMPLATE_VERSION", 2)
-    with pytest.raises(DsskError, match="prompt template 1, this dssk uses 2"):
+    monkeypatch.setattr("dssk.prompts.TEMPLATE_VERSION", 3)
+    with pytest.raises(DsskError, match="prompt template 1, this dssk uses 3"):
         store.check_model(store.load_manifest(finished), base_path)

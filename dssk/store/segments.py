@@ -1,0 +1,164 @@
+"""Segments: Arrow files of contexts with their encoder states, written as a stream and read by memory map.
+
+    id, title, context, n_tokens, truncated, encoder_hidden_states [, scale]
+
+Arrow has no bfloat16, hence states are bytes: (n_tokens, hidden_size) in row-major order.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Features, Value
+
+from dssk.errors import DamagedData
+from dssk.inference.rounding import SCALE_DTYPE, TORCH_DTYPES, StorageDtype, dequantize
+from dssk.store.manifest import FileInfo, Manifest, Segment
+from dssk.store.opening import repair, verified
+from dssk.utils import files
+
+
+def context_features(storage_dtype: StorageDtype) -> Features:
+    """The columns of a segment."""
+    columns = {
+        "id": Value("string"),
+        "title": Value("string"),
+        "context": Value("string"),
+        "n_tokens": Value("int32"),
+        "truncated": Value("bool"),  # the context is longer than maximum_input_length
+        "encoder_hidden_states": Value("large_binary"),
+    }
+    if storage_dtype == "int8":
+        columns["scale"] = Value("large_binary")  # (n_tokens,) of bfloat16
+    return Features(columns)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def encoded_record(
+    ids: Sequence[str],
+    titles: Sequence[str],
+    texts: Sequence[str],
+    num_tokens: Sequence[int],
+    truncated: Sequence[bool],
+    states: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> pa.RecordBatch:
+    """Contexts with their states (tokens, hidden_size), as `quantize` made them, as rows of a segment."""
+    lengths = np.array(num_tokens)
+    columns = {
+        "id": pa.array(ids, pa.string()),
+        "title": pa.array(titles, pa.string()),
+        "context": pa.array(texts, pa.string()),
+        "n_tokens": pa.array(lengths, pa.int32()),
+        "truncated": pa.array(truncated, pa.bool_()),
+        "encoder_hidden_states": _binary(states, lengths),
+    }
+    if scale is not None:
+        columns["scale"] = _binary(scale, lengths)
+    return pa.record_batch(columns)
+
+
+def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:
+    """Rows of `values` (tokens, ...), `lengths` of them to each entry, as a large_binary array without a copy."""
+    data = values.contiguous().cpu().flatten().view(torch.uint8).numpy()
+    row_bytes = len(data) // len(values)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]) * row_bytes
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(data)]
+    )
+
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> FileInfo:
+    """Write an Arrow stream, whole or not at all."""
+    with files.publish(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return FileInfo(num_bytes=file.num_bytes, xxh3_128=file.hexdigest())
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def open_segment(folder: Path, manifest: Manifest, segment: Segment) -> "SegmentFile":
+    """A segment of the store in `folder`, all of whose bytes are what was written."""
+    path = verified(folder, segment.name, segment)
+    return read_segment(path, manifest, segment.rows)
+
+
+def read_segment(path: Path, manifest: Manifest, rows: int) -> "SegmentFile":
+    """The same for one that this process has just written."""
+    try:
+        return SegmentFile(path, cast(StorageDtype, manifest.storage_dtype), manifest.hidden_size, rows)
+    except (pa.ArrowException, KeyError, ValueError, TypeError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise DamagedData(
+            f"{path} is no table of contexts as its manifest says ({said}): {repair(path.parent)}"
+        ) from error
+
+
+class SegmentFile:
+    """A memory-mapped segment. Mapped privately: the tensors can be written to, the file cannot.
+
+    `table` is all that the file holds; nothing of it is read before it is used.
+    """
+
+    def __init__(self, path: Path, storage_dtype: StorageDtype, hidden_size: int, rows: int):
+        self._dtype = TORCH_DTYPES[storage_dtype]
+        self._hidden_size = hidden_size
+        num_bytes = path.stat().st_size
+        # torch keeps no file open for its map, so that thousands of segments can be open at once
+        self._map = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy()
+        buffer = pa.py_buffer(self._map)
+        self.table = pa.ipc.open_stream(buffer).read_all()
+        if len(self.table) != rows:
+            raise ValueError(f"{len(self.table)} rows, not {rows}")
+        self.table.validate()
+        self._num_tokens = self.table["n_tokens"].to_numpy().astype(np.int64)
+        states = self.table["encoder_hidden_states"]
+        self._starts = _value_starts(states, self._num_tokens * hidden_size * self._dtype.itemsize, buffer)
+        self._scale_starts = None
+        if storage_dtype == "int8":
+            sizes = self._num_tokens * SCALE_DTYPE.itemsize
+            self._scale_starts = _value_starts(self.table["scale"], sizes, buffer)
+
+    def column(self, name: str, default: Any = None) -> list[Any]:
+        """The values of a column, or `default` for each row of a segment of version 0.1 that has none."""
+        if name in self.table.column_names:
+            return self.table[name].to_pylist()
+        return [default] * len(self.table)
+
+    def value(self, name: str, row: int, default: Any) -> Any:
+        """The same for one row."""
+        return self.table[name][row].as_py() if name in self.table.column_names else default
+
+    def states(self, row: int) -> torch.Tensor:
+        """(n_tokens, hidden_size)"""
+        num_tokens = int(self._num_tokens[row])
+        states = self._view(self._dtype, num_tokens * self._hidden_size, int(self._starts[row]))
+        states = states.view(num_tokens, self._hidden_size)
+        if self._scale_starts is None:
+            return states
+        return dequantize(states, self._view(SCALE_DTYPE, num_tokens, int(self._scale_starts[row])))
+
+    def _view(self, dtype: torch.dtype, count: int, start: int) -> torch.Tensor:
+        # not a slice of the map: a loader's worker would send all of that
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+
+
+def _value_starts(column: pa.ChunkedArray, sizes: np.ndarray, buffer: pa.Buffer) -> np.ndarray:
+    """Where in `buffer` the bytes of each value begin; no value is touched. Raises `ValueError` for another size."""
+    starts: list[np.ndarray] = [np.zeros(0, np.int64)]
+    lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        _, offsets, values = chunk.buffers()
+        chunk_offsets = np.frombuffer(offsets, np.int64)[: len(chunk) + 1]
+        starts.append(chunk_offsets[:-1] + (values.address - buffer.address))
+        lengths.append(np.diff(chunk_offsets))
+    if not np.array_equal(np.concatenate(lengths), sizes):
+        raise ValueError("encodings of another hidden size or type")
+    return np.concatenate(starts)
