@@ -7,8 +7,7 @@ beginnings, and the likelihood of what really follows says how much the states o
 Shapes: C contexts, S context tokens, N tokens of a batch, i = d x number of stored layers, o mapped outputs.
 """
 
-import functools
-import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dssk.errors import DsskError
+from dssk.errors import Diverged, DsskError
 from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, rounded
 from dssk.models.closed_form import FIRST_TOKEN_WEIGHT, NormalEquations
 from dssk.models.layers import encode_states, find_layers, layer_inputs
 from dssk.models.merged import MergedContext, MergedReader, accepts, find_projections, normalized
-
-logger = logging.getLogger(__name__)
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
 MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
@@ -55,10 +52,20 @@ class Scan:
     prompted_nll: float  # of the same continuations when the base reads the text itself
     unread_nll: float  # when it knows nothing of it
     tokens: int  # that the maps were fitted on
+    best: LayerScore
+    reader: MergedReader  # with the maps of the best
 
-    @property
-    def best(self) -> LayerScore:
-        return min(self.scores, key=lambda score: score.nll)
+    def to_dict(self) -> dict[str, Any]:
+        """What is worth keeping, as JSON."""
+        names = ("prompted_nll", "unread_nll", "tokens")
+        return {
+            "recommended": list(self.best.layers),
+            **{name: getattr(self, name) for name in names},
+            "layers": [
+                {"layers": list(s.layers), "nll": s.nll, "explained_variance": s.explained}
+                for s in self.scores
+            ],
+        }
 
 
 def fit(
@@ -99,6 +106,7 @@ def load_maps(reader: MergedReader, equations: NormalEquations) -> float:
     return explained
 
 
+@torch.no_grad()
 def scan(
     base: PreTrainedModel,
     reader_of: Callable[[Layers], MergedReader],
@@ -109,65 +117,66 @@ def scan(
     report: Callable[[LayerScore], None] = lambda score: None,
 ) -> Scan:
     """Fit and score every candidate; `reader_of` makes an untrained reader for one, `report` hears of each score."""
-    pieces = [(text[:-CONTINUATION_TOKENS], text[-CONTINUATION_TOKENS:]) for text in held_out]
-    scores = []
+    beginnings = [text[:-CONTINUATION_TOKENS] for text in held_out]
+    rests = [text[-CONTINUATION_TOKENS:] for text in held_out]
+    scores: list[LayerScore] = []
+    best: tuple[LayerScore, MergedReader] | None = None
     for group in _passes(base, reader_of(candidates[0]), candidates):
         sums = fit(base, reader_of(group[0]), texts, group, storage_dtype)
+        encoded = [encode(base, beginning, group, storage_dtype) for beginning in beginnings]
         for candidate in group:
             reader = reader_of(candidate)
             explained = load_maps(reader, sums.pop(candidate))
-            read_back = functools.partial(read, base, reader, layers=candidate, storage_dtype=storage_dtype)
-            nll = continuation_nll(base, pieces, read_back)
-            scores.append(LayerScore(candidate, nll, explained))
-            report(scores[-1])
-    if not any(score.nll == score.nll for score in scores):
-        raise DsskError(
-            "no layer gave a finite score: is the base damaged, or its type too small for its activations?"
+            contexts = (reader(base.base_model, states[candidate][None]) for states in encoded)
+            score = LayerScore(candidate, continuation_nll(base, contexts, rests), explained)
+            report(score)
+            scores.append(score)
+            if math.isfinite(score.nll) and (best is None or score.nll < best[0].nll):
+                best = score, reader
+    if best is None:
+        raise Diverged(
+            "no layer's states give a finite likelihood: compute with --dtype fp32, or mend the base"
         )
     return Scan(
         scores,
-        prompted_nll=continuation_nll(base, pieces, None),
-        unread_nll=continuation_nll(base, [([], rest) for _, rest in pieces], None),
+        prompted_nll=continuation_nll(base, beginnings, rests),
+        unread_nll=continuation_nll(base, [[]] * len(rests), rests),
         tokens=sum(map(len, texts)),
+        best=best[0],
+        reader=best[1],
     )
 
 
-def read(
-    base: PreTrainedModel,
-    reader: MergedReader,
-    ids: torch.Tensor,
-    layers: Layers,
-    storage_dtype: StorageDtype,
-) -> MergedContext:
-    """A context of tokens (1, S), encoded, rounded as it would be stored, and read back."""
-    states, _ = encode_states(base.base_model, ids, None, layers)
-    parts = states[0].unflatten(-1, (len(layers), -1)).unbind(1)
-    stored = torch.cat([rounded(part, storage_dtype) for part in parts], -1)[None]
-    return reader(base.base_model, stored)
+def encode(
+    base: PreTrainedModel, text: Tokens, candidates: Sequence[Layers], storage_dtype: StorageDtype
+) -> dict[Layers, torch.Tensor]:
+    """The states (S, i) of a text, for each candidate, as they come back from a store."""
+    wanted = sorted({layer for candidate in candidates for layer in candidate})
+    states, _ = encode_states(base.base_model, torch.tensor([list(text)], device=base.device), None, wanted)
+    parts = states[0].unflatten(-1, (len(wanted), -1)).unbind(1)
+    stored = {layer: rounded(part, storage_dtype) for layer, part in zip(wanted, parts, strict=True)}
+    return {candidate: torch.cat([stored[layer] for layer in candidate], -1) for candidate in candidates}
 
 
 @torch.no_grad()
 def continuation_nll(
-    base: PreTrainedModel,
-    pieces: Sequence[tuple[Tokens, Tokens]],
-    context_of: Callable[[torch.Tensor], MergedContext] | None,
+    base: PreTrainedModel, contexts: Iterable[MergedContext | Tokens], rests: Sequence[Tokens]
 ) -> float:
-    """Mean negative log-likelihood (nats a token) of the second part of each text after the first.
+    """Mean negative log-likelihood (nats a token) of the rests of texts after their beginnings.
 
-    The first is read through `context_of`, or as it stands if that is None. The very first token of a continuation is
-    not scored, as nothing in the decoder stands before it.
+    A beginning is a context that was read, or tokens for the base to read. The very first token of a rest is not
+    scored, as nothing in the decoder stands before it.
     """
     total, count = 0.0, 0
-    for before, after in pieces:
-        text = torch.tensor([list(after)], device=base.device)
-        if context_of is None:
-            whole = torch.tensor([[*before, *after]], device=base.device)
-            logits = base(whole, use_cache=False).logits[:, len(before) :]
+    for context, rest in zip(contexts, rests, strict=True):
+        text = torch.tensor([list(rest)], device=base.device)
+        if isinstance(context, MergedContext):
+            logits = base(text, **arguments(base, context, None, 1, len(rest))).logits
         else:
-            context = context_of(torch.tensor([list(before)], device=base.device))
-            logits = base(text, **arguments(base, context, None, 1, text.shape[1])).logits
+            whole = torch.tensor([[*context, *rest]], device=base.device)
+            logits = base(whole, use_cache=False).logits[:, len(context) :]
         total += nn.functional.cross_entropy(logits[0, :-1].float(), text[0, 1:], reduction="sum").item()
-        count += text.shape[1] - 1
+        count += len(rest) - 1
     return total / count
 
 

@@ -81,6 +81,26 @@ def _curves(metrics: Metrics, lines: dict[str, tuple[str, str]], label: str) -> 
     return figure
 
 
+def layer_curve(scores: Sequence[tuple[int, float]], best: int, prompted: float, unread: float) -> Figure:
+    """Likelihood of held-out text read from the states of each layer, between reading the text itself and nothing."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure()
+        axes.plot(
+            *zip(*sorted(scores), strict=True),
+            color=BLUE,
+            marker="o",
+            markersize=3.5,
+            label="read from states",
+        )
+        axes.axvline(best, color=BLUE, alpha=0.3, linewidth=4)
+        axes.axhline(unread, color=GREY, linestyle="--", label="not read at all")
+        axes.axhline(prompted, color=GREEN, linestyle="--", label="text in the prompt")
+        axes.set_xlabel("layer whose input is stored")
+        axes.set_ylabel("NLL of held-out text (nats a token)")
+        axes.legend()
+    return figure
+
+
 def bars(rows: Sequence[dict[str, Any]]) -> Figure:
     """Horizontal bars of EM, with its interval, and a mark for F1; rows of `name`, `em`, `f1`, `em_low`, `em_high`."""
     with matplotlib.rc_context(STYLE):

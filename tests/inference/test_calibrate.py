@@ -1,0 +1,158 @@
+"""Maps in closed form on tiny models, for which the right answer is known."""
+
+import functools
+
+import pytest
+import torch
+
+from dssk.errors import Diverged, DsskError
+from dssk.inference.calibrate import (
+    SHORTEST_TEXT,
+    arguments,
+    continuation_nll,
+    divided,
+    encode,
+    fit,
+    load_maps,
+    scan,
+)
+from dssk.models.merged import MergedReader
+from tests.models.test_merged import ids, make_model
+
+FAMILIES = ["llama", "gpt_neox"]
+
+
+def texts(count: int, tokens: int = SHORTEST_TEXT) -> list[list[int]]:
+    return [row.tolist() for row in ids(count, tokens, seed=3)]
+
+
+def reader_for(model):
+    def make(layers, rank=None):
+        torch.manual_seed(0)
+        reader = MergedReader(model.base_model, len(layers), rank)
+        reader.find_rows(model.base_model)
+        return reader
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_reads_its_own_input_as_it_is(family):
+    """From the state that enters a layer its keys and values are a linear map, but for the norm: R2 near one."""
+    model = make_model(family, max_position_embeddings=256)
+    reader = reader_for(model)((1,))
+    equations = fit(model, reader, texts(24), [(1,)], "fp32")[(1,)]
+    load_maps(reader, equations)
+    explained = equations.explained(reader.up.weight.detach(), reader.up.bias.detach())
+    own = sum(width for width, _ in reader.widths[: len(reader.widths) // 3])
+    assert explained[own : 2 * own].mean() > 0.95
+    assert explained[:own].mean() < 0.9
+    assert explained[2 * own :].mean() < 0.9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scan_names_its_best_layer_and_keeps_its_maps(family):
+    model, documents = make_model(family, max_position_embeddings=256), texts(30)
+    heard = []
+    found = scan(
+        model,
+        reader_for(model),
+        documents[:26],
+        documents[26:],
+        [(1,), (2,), (3,), (1, 3)],
+        report=heard.append,
+    )
+    assert [score.layers for score in heard] == [(1,), (2,), (3,), (1, 3)]
+    assert found.best == min(heard, key=lambda score: score.nll)
+    assert found.to_dict()["recommended"] == list(found.best.layers)
+    # The reader that is handed over holds the maps of the best layer.
+    states = [
+        encode(model, text[:-64], [found.best.layers], "bf16")[found.best.layers] for text in documents[26:]
+    ]
+    with torch.no_grad():
+        contexts = [found.reader(model.base_model, s[None]) for s in states]
+    again = continuation_nll(model, contexts, [text[-64:] for text in documents[26:]])
+    assert again == pytest.approx(found.best.nll)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maps_in_closed_form_come_closer_to_the_prompt_than_reading_nothing(family):
+    # Weights so small that a layer adds little to what it is given: one state then tells of all layers.
+    model, documents = make_model(family, max_position_embeddings=256, initializer_range=0.07), texts(30)
+    reader = reader_for(model)((2,))
+    load_maps(reader, fit(model, reader, documents[:28], [(2,)])[(2,)])
+    errors = {"read": 0.0, "unread": 0.0}
+    for document in documents[28:]:
+        before, rest = document[:64], torch.tensor([document[64:]])
+        context = reader(model.base_model, encode(model, before, [(2,)], "bf16")[(2,)][None])
+        want = model(torch.tensor([document])).logits[:, 64:]
+        errors["read"] += (
+            (model(rest, **arguments(model, context, None, 1, 64)).logits - want).square().mean().item()
+        )
+        errors["unread"] += (model(rest).logits - want).square().mean().item()
+    assert errors["read"] < 0.8 * errors["unread"]
+
+
+def test_many_passes_fit_what_one_does(monkeypatch):
+    model = make_model("llama", max_position_embeddings=256)
+    documents, candidates = texts(8), [(1,), (2,), (3,)]
+    once = scan(model, reader_for(model), documents[:6], documents[6:], candidates)
+    monkeypatch.setattr("dssk.inference.calibrate.MEMORY_BYTES", 1)
+    many = scan(model, reader_for(model), documents[:6], documents[6:], candidates)
+    assert [s.nll for s in once.scores] == pytest.approx([s.nll for s in many.scores])
+
+
+def test_sums_do_not_grow_with_the_text():
+    model = make_model("llama", max_position_embeddings=256)
+    reader = reader_for(model)((2,))
+    sizes = [
+        sum(t.numel() for t in vars(fit(model, reader, texts(count), [(2,)])[(2,)]).values())
+        for count in (2, 20)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_low_rank_explains_less():
+    model = make_model("llama", max_position_embeddings=256)
+    make = reader_for(model)
+    equations = fit(model, make((2,)), texts(24), [(2,)])[(2,)]
+    errors = []
+    for rank in (2, 16, 64):
+        reader = make((2,), rank)
+        load_maps(reader, equations)
+        full = make((2,))
+        load_maps(full, equations)
+        states = torch.randn(1, 50, 64)
+        errors.append((reader.maps(states) - full.maps(states)).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-6
+
+
+def test_a_base_that_gives_no_likelihood_is_refused():
+    model = make_model("llama", max_position_embeddings=256)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(Diverged, match="no finite likelihood|finite likelihood"):
+        scan(model, reader_for(model), texts(6), texts(2), [(1,)])
+
+
+def test_texts_are_held_out_and_too_few_are_refused():
+    documents = texts(10) + [[1, 2, 3]] * 5
+    fitted, held_out = divided(documents, 3)
+    assert len(held_out) == 3
+    assert len(fitted) + len(held_out) == len(documents)
+    assert all(len(text) >= SHORTEST_TEXT for text in held_out)
+    with pytest.raises(DsskError, match="got 5 texts, of them 0 with 128 tokens or more"):
+        divided([[1, 2, 3]] * 5, 3)
+
+
+def test_int8_and_bf16_states_are_fitted_as_they_are_stored():
+    model = make_model("llama", max_position_embeddings=256)
+    make = functools.partial(reader_for(model), (2,))
+    maps = {}
+    for dtype in ("fp32", "int8"):
+        reader = make()
+        load_maps(reader, fit(model, reader, texts(6), [(2,)], dtype)[(2,)])
+        maps[dtype] = reader.up.weight.detach().clone()
+    assert not torch.equal(maps["fp32"], maps["int8"])
