@@ -31,13 +31,17 @@ VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, with StarCoder's special tokens and, like StarCoder's, without a padding token."""
-    vocabulary = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(spelling: str = "<fim_{}>") -> PreTrainedTokenizerFast:
+    """One token a byte, with StarCoder's special tokens and, like StarCoder's, without a padding token.
+
+    `spelling` is that of the tokens for fill-in-the-middle.
+    """
+    special_tokens = [SPECIAL_TOKENS[0], *(spelling.format(token[5:-1]) for token in SPECIAL_TOKENS[1:])]
+    vocabulary = special_tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.add_special_tokens(special_tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",

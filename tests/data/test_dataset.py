@@ -1,16 +1,20 @@
+import copy
 import pickle
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from dssk import prompts
 from dssk.config import parse_experiment
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
+from dssk.errors import DsskError
 from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.store.format import load_rows
-from tests.conftest import experiment
+from tests.conftest import byte_tokenizer, experiment
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,17 @@ def test_a_cut_context_keeps_its_fill_in_the_middle_markers(make, rows):
     assert all({1, 2, 3} <= set(ids) and ids[-1] == 0 for ids in moved)
 
 
+@pytest.mark.parametrize("spelling", ["<fim-{}>", "<|fim_{}|>"])
+def test_every_spelling_of_the_markers_serves(rows, base_path, spelling):
+    tokenizer = byte_tokenizer(spelling)
+    cfg = parse_experiment(experiment(base_path, include_context_ids=True))
+    dataset = CrossAttnDataset(rows, tokenizer, cfg, training=True)
+    texts = [tokenizer.decode(dataset[len(rows) + i]["input_ids"]) for i in range(len(rows))]
+    moved = [text for text in texts if text.startswith(spelling.format("suffix"))]
+    assert 0.25 * len(rows) < len(moved) < 0.75 * len(rows)
+    assert all(spelling.format("prefix") in text and spelling.format("middle") in text for text in moved)
+
+
 def test_online_examples_carry_the_tokens_that_would_be_encoded(make, rows, tokenizer):
     example = make(encode_online=True)[0]
     assert tokenizer.decode(example["context_input_ids"]) == f"context: {rows[0]['context']}"
@@ -147,3 +162,51 @@ def test_states_of_unequal_length_are_padded_with_zeros():
     padded, mask = pad_states([torch.ones(1, 3), torch.ones(2, 3)])
     assert padded[0].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert mask.tolist() == [[True, False], [True, True]]
+
+
+@pytest.fixture(scope="module")
+def llama_like(tokenizer):
+    """The same tokenizer, but it wants a token first, as Llama's does, and has none for fill-in-the-middle."""
+    made = tokenizer.__class__(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("fim_", "x_")),
+        bos_token="<x_pad>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")  # fmt: skip
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<x_pad> $A", special_tokens=[("<x_pad>", made.bos_token_id)]
+    )
+    return made
+
+
+def test_the_first_token_that_a_tokenizer_wants_stands_before_questions_and_contexts(make, rows, llama_like):
+    for loss_on in ("all", "answer"):
+        cfg = make(loss_on=loss_on, encode_online=True).cfg
+        example = CrossAttnDataset(rows, llama_like, cfg, training=True)[3]
+        for ids in (example["input_ids"], example["context_input_ids"]):
+            assert ids[0] == llama_like.bos_token_id
+            assert llama_like.bos_token_id not in ids[1:]
+        assert example["labels"][-1] == llama_like.eos_token_id
+
+
+def test_the_first_token_stays_first_in_a_context_with_its_middle_moved(make, rows, tokenizer):
+    marked = copy.deepcopy(tokenizer)
+    marked.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<fim_pad> $A", special_tokens=[("<fim_pad>", marked.pad_token_id)]
+    )
+    dataset = CrossAttnDataset(rows, marked, make(include_context_ids=True).cfg, training=True)
+    texts = [marked.decode(dataset[len(rows) + i]["input_ids"]) for i in range(len(rows))]
+    assert all(text.startswith("<fim_pad>") and text.count("<fim_pad>") == 1 for text in texts)
+    assert any(text.startswith("<fim_pad><fim_suffix>") for text in texts)
+
+
+def test_contexts_as_training_text_need_tokens_for_fill_in_the_middle(make, rows, llama_like):
+    cfg = make(include_context_ids=True).cfg
+    with pytest.raises(
+        DsskError, match="include_context_ids is true, but the tokenizer of .* set .* to false"
+    ):
+        CrossAttnDataset(rows, llama_like, cfg, training=True)
+
+
+def test_padding_with_the_end_of_text_keeps_it_in_the_loss(make, rows, llama_like):
+    dataset = CrossAttnDataset(rows, llama_like, make().cfg, training=True)
+    batch = Collator(llama_like.pad_token_id)([dataset[i] for i in range(4)])
+    learned = (batch["labels"] == llama_like.eos_token_id).sum(-1)
+    assert learned.tolist() == [1] * 4
+    assert torch.equal(batch["labels"] != IGNORED, batch["attention_mask"])

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dssk import prompts
-from dssk.data.plan import tokenize_contexts
+from dssk.data.plan import Tally
+from dssk.data.readers import BadRow
 from dssk.errors import DsskError
-from dssk.inference.tokenizer import load_tokenizer
+from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
 from dssk.store import format as store
 from tests.data.conftest import rows, write_jsonl
 
@@ -112,19 +113,30 @@ def test_shards_hold_each_context_once_longest_first(finished):
     contexts = datasets.load_from_disk(str(finished / "contexts"))
     assert len(contexts) == len(set(contexts["context"])) == 40
     lengths = contexts["n_tokens"]
-    manifest = store.load_manifest(finished)
-    assert [shard.rows for shard in manifest.shards] == [8] * 5
-    for shard in manifest.shards:
+    infos = [store.load_shard_info(path) for path in sorted(finished.glob("contexts/data-*.json"))]
+    assert [shard.rows for shard in infos] == [8] * 5
+    for shard in infos:
         part = lengths[shard.first_row : shard.first_row + shard.rows]
         assert part == sorted(part, reverse=True)
         assert sum(part) == shard.tokens
 
 
 def test_a_split_without_rows_is_named(texts):
-    with pytest.raises(DsskError, match=r"0 usable rows in train, of 1 rows read"):
-        texts([row("c")])
-    with pytest.raises(DsskError, match=r"0 usable rows in train, of 3 rows read \(empty question: 3\)"):
+    with pytest.raises(
+        DsskError, match=r"0 usable rows in train, of 3 rows read \(empty question: 3\): give rows"
+    ):
         texts([row("c", question=""), row("d", question=""), row("e", question="")])
+
+
+def test_rows_about_one_document_are_not_divided_and_the_way_out_is_named(texts):
+    values = [row(f"c{i}", title="T") for i in range(3)]
+    with pytest.raises(
+        DsskError, match="all 3 are about one document, which is never divided: pass --val_fraction 0"
+    ):
+        texts(values)
+    manifest, train, val = texts(values, val_fraction=0)
+    assert (len(train), val) == (3, [])
+    assert manifest.counts.rows == {"train": 3, "val": 0}
 
 
 def test_malformed_rows_stop_the_work_unless_they_are_allowed(texts):
@@ -135,6 +147,30 @@ def test_malformed_rows_stop_the_work_unless_they_are_allowed(texts):
         texts(values)
     manifest, _, _ = texts(values, skip_bad_rows=2)
     assert manifest.counts.bad_rows == ["r.jsonl:21: no answer", "r.jsonl:22: question is int, want text"]
+
+
+def test_rows_of_unknown_fields_are_told_once_with_what_is_wanted(texts):
+    values = [{"passage": f"p{i}", "q": "q", "answer": "a"} for i in range(8)]
+    with pytest.raises(DsskError) as caught:
+        texts(values)
+    said = str(caught.value)
+    assert said.count("no known schema has just the fields answer, passage, q") == 1
+    assert "r.jsonl:1, r.jsonl:2, r.jsonl:3, r.jsonl:4, r.jsonl:5: no known" in said
+    assert (
+        "want context, question and answer, or name them as in --columns context=passage,answer=answers"
+        in said
+    )
+    _, train, val = texts(values, columns="context=passage,question=q")
+    assert {r["context"] for r in train + val} == {f"p{i}" for i in range(8)}
+
+
+def test_a_file_of_nothing_but_bad_rows_is_not_kept_in_memory():
+    tally = Tally(max_bad_rows=2)
+    for i in range(1000):
+        tally.add_bad_row(f"f:{i}", BadRow("no answer"))
+    assert len(tally.bad_rows) == 5
+    with pytest.raises(DsskError, match="1000 of 0 rows of f .* pass --skip_bad_rows 1000"):
+        tally.check("f")
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,51 @@
+"""What a user reads when something goes wrong: one short line that a terminal can show, and an exit code."""
+
+import pytest
+
+from dssk import errors
+from dssk.errors import DamagedData, DsskError, run, short
+
+
+def failing(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines",
+        "\x1b[2J escape codes",
+        "half a pair \ud800",
+        "\u202e from the right",
+        "k" * 100_000 + ": mend it",
+    ],
+)
+def test_a_message_is_one_printable_line_of_some_hundred_characters(capsys, text):
+    assert run(failing(DamagedData(text))) == DamagedData.exit_code
+    said = capsys.readouterr().err.removesuffix("\n")
+    assert said.isprintable()
+    assert said.isascii()
+    assert said.startswith("dssk: error: ")
+    assert len(said) < 4 * errors.MAX_MESSAGE_CHARACTERS
+
+
+def test_a_long_message_keeps_its_beginning_and_what_to_do():
+    said = short("begin" + "x" * 1000 + ": mend it", 50)
+    assert len(said) == 50
+    assert said.startswith("begin")
+    assert said.endswith(": mend it")
+
+
+def test_a_short_message_stays_as_it_is():
+    assert short("é 日本 fits") == "é 日本 fits"
+
+
+def test_what_is_no_mistake_of_a_user_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(failing(ZeroDivisionError()))
+    assert run(failing(KeyboardInterrupt())) == 130
+    assert run(lambda: None) == 0
+    assert run(failing(DsskError("x"))) == 2
