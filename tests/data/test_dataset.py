@@ -5,6 +5,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from dssk import prompts
 from dssk.config import parse_experiment
@@ -167,8 +168,11 @@ def test_states_of_unequal_length_are_padded_with_zeros():
 @pytest.fixture(scope="module")
 def llama_like(tokenizer):
     """The same tokenizer, but it wants a token first, as Llama's does, and has none for fill-in-the-middle."""
-    made = tokenizer.__class__(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("fim_", "x_")),
-        bos_token="<x_pad>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")  # fmt: skip
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str().replace("fim_", "x_"))
+    end = "<|endoftext|>"
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<x_pad>", eos_token=end, pad_token=end
+    )
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<x_pad> $A", special_tokens=[("<x_pad>", made.bos_token_id)]
     )
