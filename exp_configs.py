@@ -58,11 +58,11 @@ MODERN_CONFIG = {
 }
 
 EXP_GROUPS = {
-    # The embedded default: minutes on a laptop's CPU. Its base is made by `python -m dssk.models.make_base`.
+    # The embedded default: minutes on a laptop's CPU. Its base is made by `make demo`.
     "crossattn_tiny": [
         {
             **BASE_CONFIG,
-            "model_path": "runs/demo/base",
+            "model_path": "runs/demo/seed-0/base",
             "num_cross_attn_layers": 2,
             "cross_attn_layers_stride": 1,
             "cross_attn_shared_weights": False,
@@ -80,7 +80,7 @@ EXP_GROUPS = {
             "gradient_checkpointing": False,
         }
     ],
-    # Real text on a CPU: a base of a few million parameters made by `python -m dssk.models.make_base --text ...`.
+    # Real text on a CPU: a base of a few million parameters made by `dssk base --text ...`.
     "crossattn_small": [
         {
             **BASE_CONFIG,

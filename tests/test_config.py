@@ -22,7 +22,7 @@ from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 from tests.conftest import REPOSITORY
 
-LOCAL_BASES = {"runs/demo/base": (2, 4), "runs/squad/base": (3, 4)}  # layers and heads
+LOCAL_BASES = {"runs/demo/seed-0/base": (2, 4), "runs/squad/base": (3, 4)}  # layers and heads
 EXPERIMENTS = [(group, exp) for group, exps in EXP_GROUPS.items() for exp in expand_group(exps)]
 
 

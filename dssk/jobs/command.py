@@ -12,7 +12,8 @@ from dssk.run_folder import ERRORS, LOGS
 from dssk.training.flags import RunArgs
 from dssk.utils.wandb_key import KEY_FILE_VARIABLE
 
-SCRIPT = "trainval.py"  # a job's working directory is its own copy of the code
+SCRIPT = "trainval.py"  # a job's working directory is its own copy of the current directory
+MODULE = ("-m", "dssk", "train")  # instead, where that script is not: dssk is installed
 NGPUS = re.compile(r"\$\{NGPUS\}|\$?\bNGPUS\b")
 # A job trains a stored experiment: it gets no group and no overrides. It never resets, nor submits jobs itself.
 NOT_SENT = {
@@ -31,7 +32,8 @@ def job_command(args: RunArgs, exp_id: str, num_ranks: int, key_file: Path) -> s
         'export PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT="${DSSK_RENDEZVOUS:-localhost:0}" '
         f"{KEY_FILE_VARIABLE}={shlex.quote(str(key_file))}"
     )
-    return f"{exports}; {launcher(args.python_binary, num_ranks)} {shlex.join([SCRIPT, *job_flags(args, exp_id)])}"
+    program = [SCRIPT] if Path(SCRIPT).is_file() else MODULE
+    return f"{exports}; {launcher(args.python_binary, num_ranks)} {shlex.join([*program, *job_flags(args, exp_id)])}"
 
 
 def job_flags(args: RunArgs, exp_id: str) -> list[str]:

@@ -175,6 +175,12 @@ def test_a_job_gets_its_id_and_no_reset_group_override_or_key(monkeypatch):
     assert (received.deepspeed, received.wandb_log_gradients) == ("/ds.json", True)
 
 
+def test_a_job_of_an_installed_dssk_needs_no_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = bash(job_command(arguments(), EXP_ID, 2, Path("key")), tmp_path).split("\0")
+    assert words[:4] == ["-m", "dssk", "train", f"--exp_id={EXP_ID}"]
+
+
 def test_the_founding_documents_launch_command_runs_as_written(tmp_path):
     launch = f'source activate "{tmp_path}" ; "{tmp_path}"/torchrun --nproc-per-node NGPUS '
     (tmp_path / "activate").write_text("ACTIVATED=$1\n")
