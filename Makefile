@@ -2,38 +2,51 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
-DEMO := runs/demo
-TOY = $(DEMO)/seed-$(SEED)
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+TOY = runs/demo/seed-$(SEED)
 
-.PHONY: install demo compare lint test test-slurm test-launchers bench-model bench-data bench-train clean
+.PHONY: install install-test demo compare lint test test-slurm test-launchers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
+	@echo "Installing torch and what dssk needs into .venv, once: 1 to 6 GB by the build of torch, and as"
+	@echo "long as your connection takes; every later command starts at once."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	$(PIP) torch
+	$(PIP) -e .
 	touch $@
 
-# The main job on the embedded default: base model, encoded contexts, trained blocks, scores.
+install-test: .venv/.installed-test
+
+.venv/.installed-test: .venv/.installed
+	@echo "Installing what the tests need, once."
+	$(PIP) -e ".[test]"
+	touch $@
+
+# The main job on the embedded default: base model, encoded contexts, trained blocks, scores. It asks no network.
+demo compare: export HF_HUB_OFFLINE = 1
 demo: install
-	$(BIN)/python -m dssk.models.make_base --dataset toy --seed $(SEED) --output $(DEMO)/seed-$(SEED)/base
-	$(BIN)/python dssk/data/preproc_nq.py --dataset toy --seed $(SEED) --embedding_model $(DEMO)/seed-$(SEED)/base \
-		--maximum_input_length 256 --batch_size 64 --data_cache_path $(DEMO)/seed-$(SEED)
-	$(BIN)/python trainval.py -e crossattn_tiny --set model_path=$(DEMO)/seed-$(SEED)/base --set seed=$(SEED) \
-		--data_path $(DEMO)/seed-$(SEED)/processed_data/base -sb $(DEMO)/seed-$(SEED)/runs -r 1 \
-		--steps 800 --log_every 200
-	$(BIN)/python -m dssk.evaluation.evaluate --checkpoint $(DEMO)/seed-$(SEED)/runs \
-		--data_path $(DEMO)/seed-$(SEED)/processed_data/base --output $(DEMO)/scores.json
+	$(BIN)/dssk base --dataset toy --seed $(SEED) --output $(TOY)/base
+	$(BIN)/dssk preproc --dataset toy --seed $(SEED) --embedding_model $(TOY)/base \
+		--maximum_input_length 256 --batch_size 64 --data_cache_path $(TOY)
+	$(BIN)/dssk train -e crossattn_tiny --set model_path=$(TOY)/base --set seed=$(SEED) \
+		--data_path $(TOY)/processed_data/base -sb $(TOY)/runs -r 1 --steps 800 --log_every 200
+	$(BIN)/dssk evaluate --checkpoint $(TOY)/runs --data_path $(TOY)/processed_data/base
+	@printf '%s\n' "" "Next:" "  source .venv/bin/activate" \
+		"  dssk report $(TOY)/runs                 # the run as one page, with sample answers" \
+		"  dssk answer --checkpoint $(TOY)/runs --library $(TOY)/processed_data/base   # ask; /quit ends" \
+		"  make compare                                       # beside prompting and fine-tuning, in minutes"
 
 # Cached contexts beside prompting, prefix caching and fine-tuned prompting on the demo's base, and a report of it all.
 compare: install
+	$(PIP) --quiet -e ".[compare]"
 	@ls $(TOY)/runs/*/final/dssk_manifest.json > /dev/null 2>&1 || $(MAKE) demo
-	$(BIN)/python -m dssk.evaluation.compare --checkpoint $(TOY)/runs --data_path $(TOY)/processed_data/base \
+	$(BIN)/dssk compare --checkpoint $(TOY)/runs --data_path $(TOY)/processed_data/base \
 		--seed $(SEED) --output runs/compare
-	$(BIN)/python -m dssk.report $(TOY)/runs --compare runs/compare --output runs/compare/report.html
+	$(BIN)/dssk report $(TOY)/runs --compare runs/compare --output runs/compare/report.html
 
-lint: install
+lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,16 +55,16 @@ test: lint
 	$(BIN)/pytest -n 2 --durations=15
 
 # A real Slurm of two nodes on this machine; tests/cluster/install_slurm.sh installs it.
-test-slurm: install
+test-slurm: install-test
 	$(BIN)/pytest -m slurm --durations=0
 
 # Every launcher on two CPU ranks. It installs DeepSpeed, which compiles for about a minute on its first run.
-test-launchers: install
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,deepspeed]" ninja
+test-launchers: install-test
+	$(PIP) -e ".[test,deepspeed]" ninja
 	$(BIN)/python -m tests.faults.launchers
 
 # At most ten minutes each; results go to benchmarks/results/.
-bench-model bench-data bench-train: bench-%: install
+bench-model bench-data bench-train: bench-%: install-test
 	$(BIN)/python benchmarks/bench_$*.py
 
 clean:
