@@ -8,8 +8,10 @@ import pytest
 
 from dssk.commands import verify as command
 from dssk.errors import DamagedData, DsskError, run
-from dssk.store import format as store
 from dssk.store import verify
+from dssk.store.dataset import load_rows
+from dssk.store.library import ContextLibrary
+from dssk.utils import files
 from tests.data.conftest import stamps, tree
 
 
@@ -64,7 +66,7 @@ def test_every_cut_of_a_shard_is_found_on_opening(damaged):
     for cut in sorted(cuts):
         path.write_bytes(content[:cut])
         with pytest.raises(DamagedData, match=r"data-00003-of-00005.arrow"):
-            store.load_rows(damaged)
+            load_rows(damaged)
 
 
 def _ends_of_batches(content: bytes) -> list[int]:
@@ -123,3 +125,27 @@ def test_a_folder_that_is_no_store_is_named(tmp_path, capsys):
     assert run(lambda: command.main([str(tmp_path / "nowhere")])) == 2
     assert run(lambda: command.main([str(tmp_path / "nowhere"), "--discard"])) == 2
     assert capsys.readouterr().err.count("no such folder") == 2
+
+
+def test_discarding_never_empties_a_library(base_path, tmp_path, capsys):
+    """Also where its manifest is lost, and its segments have no JSON beside them."""
+    library = ContextLibrary(tmp_path / "library", base_path)
+    library.add(["a mill"])
+    for _ in range(2):
+        assert run(lambda: command.main([str(library.path), "--discard"])) == 2
+        assert "nothing in it can be made again" in capsys.readouterr().err
+        assert list(library.path.glob("contexts/*.arrow"))
+        (library.path / "manifest.json").write_text("{}")
+
+
+def test_a_file_that_was_verified_is_read_again_by_the_command_alone(finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("dssk.utils.hashes._is_settled", lambda path: True)
+    verify.check(finished)
+    read = []
+    real = files.xxh3_128
+    monkeypatch.setattr(files, "xxh3_128", lambda path, *rest: read.append(path) or real(path, *rest))
+    verify.check(finished)
+    assert read == []
+    command.main([str(finished)])
+    assert len(read) == len(verify.check(finished).all_files)
