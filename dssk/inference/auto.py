@@ -41,7 +41,8 @@ def family(model_type: str) -> Family:
     """The fused classes for bases of a model type, registered. Raises `ValueError` for one that cannot work."""
     if model_type in REFUSED:
         raise ValueError(f"{model_type} models cannot read a cached context: {REFUSED[model_type]}")
-    config_class: Any = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    known = model_type in CONFIG_MAPPING
+    config_class: Any = CONFIG_MAPPING[model_type] if known else None
     if (
         config_class is not None and config_class.model_type != model_type
     ):  # a second name for the same classes

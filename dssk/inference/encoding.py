@@ -14,7 +14,7 @@ from dssk.errors import Diverged, EnvironmentFault
 from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, dequantize, quantize
 from dssk.inference.tokenizer import tokenize_contexts
-from dssk.models import modeling
+from dssk.models.layers import encode_states
 from dssk.models.shapes import window
 
 BATCH_SIZE, BATCH_TOKENS = 32, 16384  # of a batch that is encoded
@@ -119,7 +119,7 @@ class Encoder:
 @torch.no_grad()
 def encode(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """States (C, S, d) of contexts (C, S) padded on the right; those at padding positions are meaningless."""
-    return modeling.encode(model.base_model, input_ids, attention_mask)[0]
+    return encode_states(model.base_model, input_ids, attention_mask)[0]
 
 
 @contextlib.contextmanager

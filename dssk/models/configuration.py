@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
@@ -16,15 +16,28 @@ CHOICES = {
 
 # What a family's configuration does not say of its layers (`BASE` asks for it); a test compares it with the models.
 _RMS_NORM_ANYWAY = {"lfm2", "mamba"}  # their epsilon has another name than `rms_norm_eps`
-_LAYER_NORM_ANYWAY: set[str] = set()
-_PLAIN_MLP = set(
-    "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mpt nemotron opt persimmon phi starcoder2".split()
-)
+_PLAIN_MLP = {
+    "bloom",
+    "codegen",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "mamba",
+    "mpt",
+}
+_PLAIN_MLP |= {"nemotron", "opt", "persimmon", "phi", "starcoder2"}
 _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
-class CrossAttnConfig:
+# A mixin, which knows what it is mixed into only as far as types go.
+_Base: Any = PreTrainedConfig if TYPE_CHECKING else object
+
+
+class CrossAttnConfig(_Base):
     """Mixed into the configuration of a base model: where its cross-attention blocks sit, and how they are built.
 
     Args:
@@ -65,7 +78,7 @@ class CrossAttnConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("base_model_type", None)
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
         config: Any = self
         if self.cross_attn_hidden_size is None:
             self.cross_attn_hidden_size = config.hidden_size
@@ -90,7 +103,7 @@ class CrossAttnConfig:
             raise ValueError(
                 f"got {layers} cross-attention layers at stride {stride}, want at least 1 of each"
             )
-        needed, available = stride * (layers - 1) + 1, self.num_hidden_layers  # type: ignore[attr-defined]
+        needed, available = stride * (layers - 1) + 1, self.num_hidden_layers
         if needed > available:
             raise ValueError(
                 f"{layers} cross-attention layers at stride {stride} need {needed} decoder layers, the model has "
@@ -127,12 +140,12 @@ class CrossAttnConfig:
     @property
     def cross_attn_layers(self) -> list[int]:
         """Decoder layers that carry a block, last first: the stride counts back from the output."""
-        last = self.num_hidden_layers - 1  # type: ignore[attr-defined]
+        last = self.num_hidden_layers - 1
         return [last - self.cross_attn_layers_stride * i for i in range(self.num_cross_attn_layers)]
 
     def base_dict(self) -> dict[str, Any]:
         """The configuration of the base alone, as a plain model of its family would be given it."""
-        values = self.to_dict()  # type: ignore[attr-defined]
+        values = self.to_dict()
         ours = {*FIELDS, "architectures", "auto_map", "base_model_type"}
         return {key: value for key, value in values.items() if key not in ours}
 
@@ -141,19 +154,19 @@ class CrossAttnConfig:
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        values, unused = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        values, unused = super().get_config_dict(*args, **kwargs)
         if values.get("model_type", "").startswith(MODEL_TYPE):
-            values["model_type"] = cls.model_type  # type: ignore[attr-defined]
+            values["model_type"] = cls.model_type
         return values, unused
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        values = self.to_diff_dict() if use_diff else self.to_dict()  # type: ignore[attr-defined]
-        values |= {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "auto_map": AUTO_MAP}  # type: ignore[attr-defined]
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        values |= {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "auto_map": AUTO_MAP}
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, f"{REMOTE_MODULE}.py"), "w", encoding="utf-8") as file:
             file.write(REMOTE_CODE)
 
@@ -194,7 +207,7 @@ def _kv_heads(config: PreTrainedConfig) -> int:
 def base_norm(config: PreTrainedConfig) -> str:
     """`"rms_norm"` or `"layer_norm"`, whichever the base has."""
     is_rms = hasattr(config, "rms_norm_eps") or config.model_type in _RMS_NORM_ANYWAY
-    return "rms_norm" if is_rms and config.model_type not in _LAYER_NORM_ANYWAY else "layer_norm"
+    return "rms_norm" if is_rms else "layer_norm"
 
 
 def norm_eps(config: PreTrainedConfig) -> float:

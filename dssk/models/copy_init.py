@@ -83,7 +83,9 @@ def _sample(
     tokens: list[torch.Tensor] = []
     last_layer = model.base_model.decoder_layers()[-1]
     hook = last_layer.register_forward_hook(
-        lambda _, args, output: hidden_states.append((output[0] if isinstance(output, tuple) else output)[0, 2:])
+        lambda _, args, output: hidden_states.append(
+            (output[0] if isinstance(output, tuple) else output)[0, 2:]
+        )
     )
     try:
         for context in contexts:

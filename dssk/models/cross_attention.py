@@ -170,7 +170,7 @@ class CrossAttnMLP(nn.Module):
 
 
 class CrossAttnGatedMLP(nn.Module):
-    """d -> 8/3 E -> d, gated as in Shazeer, "GLU Variants Improve Transformer", 2020: as many weights as a plain one."""
+    """d -> 8/3 E -> d with a gate, as many weights as a plain one (Shazeer, "GLU Variants", 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: Any):
         super().__init__()

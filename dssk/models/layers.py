@@ -2,9 +2,10 @@
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,10 +13,61 @@ from torch import nn
 LAST = "last"  # the state after the final norm, before the LM head
 
 
-@functools.cache
-def mixed(mixin: type, cls: type) -> type:
+class CallVariable:
+    """A value that holds during a call, apart for each thread; while torch traces a graph, a plain attribute.
+
+    The forward passes of most families hand unknown arguments down to their layers, but not all do. This reaches
+    every layer.
+    """
+
+    def __init__(self, name: str):
+        self._variable: ContextVar[Any] = ContextVar(name, default=None)
+        self._traced: Any = None
+
+    def get(self) -> Any:
+        return self._traced if torch.compiler.is_compiling() else self._variable.get()
+
+    def during(self, value: Any, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What `call` returns; while it runs, `get` returns `value`."""
+        before = self.get()
+        self._set(value)
+        try:  # no `with`: torch traces none of our own into one graph
+            return call(*args, **kwargs)
+        finally:
+            self._set(before)
+
+    def _set(self, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = value
+        else:
+            self._variable.set(value)
+
+
+# Mixins, which know what they are mixed into only as far as types go.
+_Base: Any = nn.Module if TYPE_CHECKING else object
+
+
+class Mixed(_Base):
+    """Mixed into a module's class when a model is made; see `mixed`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        mixin, cls = type(self).__bases__
+        return _restore, (mixin, cls), self.__getstate__()
+
+
+def mixed(mixin: Any, cls: Any) -> Any:
     """The class with a mixin before it, under its own name: sharding and offloading name classes."""
+    return _mixed(mixin, cls)
+
+
+@functools.cache
+def _mixed(mixin: Any, cls: Any) -> Any:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def _restore(mixin: type, cls: type) -> Any:
+    made = mixed(mixin, cls)
+    return made.__new__(made)
 
 
 def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache
-from transformers.utils.output_capturing import CompileableContextVar
 
-from dssk.models.layers import find_layers, mixed
+from dssk.models.layers import CallVariable, Mixed, find_layers, mixed
 
 # The modules that make keys and values from an attention's input, whatever attention they sit in. Where one makes the
 # queries as well, only the rows that keys and values come from are mapped.
@@ -37,7 +36,7 @@ PROJECTIONS = (
 )
 EPS = 1e-6  # added to the mean square of a state
 
-_capturing = CompileableContextVar("dssk_capture")  # what the layers are to hand over, `_Capture`
+_capturing = CallVariable("dssk_capture")  # what the layers are to hand over, `_Capture`
 
 
 class MergedLinear(nn.Linear):
@@ -67,7 +66,7 @@ class _Capture(Cache):
         return query_length, 0
 
 
-class MappedProjection:
+class MappedProjection(Mixed):
     """Mixed into each projection of keys and values: during a capture its output is what the maps give."""
 
     merged_slot: int | None  # which of the mapped outputs; None for one that makes queries alone
@@ -76,40 +75,31 @@ class MappedProjection:
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         capture = _capturing.get()
         if capture is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         if self.merged_slot is None:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], self.merged_rows)
         return capture.outputs[self.merged_slot].to(hidden_states.dtype)
 
 
-class CapturedLayer:
+class CapturedLayer(Mixed):
     """Mixed into each decoder layer: during a capture it ends where its keys and values are complete."""
 
     merged_returns: int | None = None  # how many values its forward pass returns; 0 for a bare tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _capturing.get() is None:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)
             self.merged_returns = len(output) if isinstance(output, tuple) else 0
             return output
         hidden_states = args[0] if args else kwargs["hidden_states"]
         try:
-            super().forward(*args, **kwargs)  # type: ignore[misc]
+            super().forward(*args, **kwargs)
         except _Kept:
             returns = self.merged_returns
             return (hidden_states, *[None] * (returns - 1)) if returns else hidden_states
         raise ValueError(
             f"{type(self).__name__} keeps no keys and values in a cache: it cannot read a merged context"
         )
-
-
-@contextmanager
-def _capture_into(capture: _Capture) -> Iterator[None]:
-    token = _capturing.set(capture)
-    try:
-        yield
-    finally:
-        _capturing.reset(token)
 
 
 @contextmanager
@@ -303,8 +293,8 @@ class MergedReader(nn.Module):
             if layers[0].merged_returns is None:  # an ordinary run shows what the layers return
                 with torch.no_grad():
                     backbone(inputs_embeds=embedded[:1, :1], use_cache=False)
-            with _capture_into(capture):
-                backbone(inputs_embeds=embedded, past_key_values=capture, use_cache=True, **given)
+            inputs = {"inputs_embeds": embedded, "past_key_values": capture, "use_cache": True, **given}
+            _capturing.during(capture, backbone, **inputs)
         return [pair for pair in capture.kept if pair is not None]
 
     @torch.no_grad()

@@ -18,12 +18,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithCrossAttentions
 from transformers.utils import ModelOutput, cached_file
@@ -36,6 +36,7 @@ from dssk.models.cross_attention import (
     CrossAttnOutput,
     ProjectedContext,
 )
+from dssk.models.layers import CallVariable, Mixed, encode_states, find_layers, mixed
 from dssk.models.loss import next_token_loss, shifted
 
 WEIGHTS_FILE = "model.safetensors"
@@ -66,46 +67,8 @@ def is_cross_attn(name: str) -> bool:
 # --- how a context reaches the layers -------------------------------------------------------------------------
 
 
-class CallVariable:
-    """A value that holds during a call, apart for each thread; while torch traces a graph, a plain attribute.
-
-    The forward passes of most families hand unknown arguments down to their layers, but not all do. This reaches
-    every layer.
-    """
-
-    def __init__(self, name: str):
-        self._variable: ContextVar[Any] = ContextVar(name, default=None)
-        self._traced: Any = None
-
-    def get(self) -> Any:
-        return self._traced if torch.compiler.is_compiling() else self._variable.get()
-
-    def during(self, value: Any, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        """What `call` returns; while it runs, `get` returns `value`."""
-        before = self.get()
-        self._set(value)
-        try:  # no `with`: torch traces none of our own into one graph
-            return call(*args, **kwargs)
-        finally:
-            self._set(before)
-
-    def _set(self, value: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._traced = value
-        else:
-            self._variable.set(value)
-
-
 _reading = CallVariable("dssk_reading")  # (blocks, ProjectedContext): what the layers are to read
 _headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
-
-
-class Mixed:
-    """Mixed into a module's class when a model is made; see `mixed`."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        mixin, cls = type(self).__bases__
-        return _restore, (mixin, cls), self.__getstate__()
 
 
 class ReadingLayer(Mixed):
@@ -118,7 +81,7 @@ class ReadingLayer(Mixed):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reading = _reading.get()
         if reading is None or self.cross_attn_index is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)
         blocks, context = reading
         index = self.cross_attn_index
         # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
@@ -126,22 +89,22 @@ class ReadingLayer(Mixed):
             _read, blocks[index], keys=context.keys[index], values=context.values[index], mask=context.mask
         )
         if self.cross_attn_final:
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)
             return (read(output[0]), *output[1:]) if isinstance(output, tuple) else read(output)
         if args:
             args = (read(args[0]), *args[1:])
         else:
             kwargs["hidden_states"] = read(kwargs["hidden_states"])
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A layer above a block has its flag set, for gradient checkpointing looks at it; some families also look at
         # it to drop out activations, and the base is frozen.
         if not self.training:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         self.training = False
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             self.training = True
 
@@ -156,7 +119,7 @@ class SkippedStack(Mixed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         ready = _headed.get()
-        return super().forward(*args, **kwargs) if ready is None else _Ready(last_hidden_state=ready)  # type: ignore[misc]
+        return super().forward(*args, **kwargs) if ready is None else _Ready(last_hidden_state=ready)
 
 
 class _Ready(BaseModelOutputWithPast):
@@ -165,26 +128,6 @@ class _Ready(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-@functools.cache
-def mixed(mixin: type, cls: type) -> type:
-    """The class with a mixin before it, under its own name: sharding and offloading name classes."""
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-
-
-def _restore(mixin: type, cls: type) -> Any:
-    made = mixed(mixin, cls)
-    return made.__new__(made)
-
-
-def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder layers, and their list. Raises `ValueError` if there is no list of `count`."""
-    for module in backbone.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
-    raise ValueError(f"{type(backbone).__name__} has no list of {count} layers: it cannot read a context")
 
 
 def declare(forward: Callable, base: Callable, extra: tuple[str, ...]) -> Callable:
@@ -211,7 +154,11 @@ def declare(forward: Callable, base: Callable, extra: tuple[str, ...]) -> Callab
 # --- the models ------------------------------------------------------------------------------------------------
 
 
-class CrossAttnPreTrainedModel:
+# Mixins, which know what they are mixed into only as far as types go.
+_Base: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class CrossAttnPreTrainedModel(_Base):
     """What the backbone and the model with its LM head have in common; mixed in before a family's class."""
 
     config: Any
@@ -221,9 +168,9 @@ class CrossAttnPreTrainedModel:
         return False  # weights are converted and initialized as the base's
 
     @property
-    def cross_attn_blocks(self) -> nn.ModuleList:
+    def cross_attn_blocks(self) -> Any:
         """The distinct sets of block weights, those of the highest layer first."""
-        return self.base_model.cross_attn  # type: ignore[attr-defined]
+        return self.base_model.cross_attn
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -235,20 +182,20 @@ class CrossAttnPreTrainedModel:
         elif isinstance(module, nn.RMSNorm):  # of a block: a base's are classes of their family
             init.ones_(module.weight)
         else:
-            super()._init_weights(module)  # type: ignore[misc]
+            super()._init_weights(module)
             return
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
     def freeze_base(self) -> None:
         """Leave gradients to the cross-attention blocks alone."""
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_cross_attn(name))
 
     def train(self, mode: bool = True):
         """Only the cross-attention blocks are ever in train mode; the base stays in eval (no dropout)."""
-        super().train(False)  # type: ignore[misc]
-        backbone: Any = self.base_model  # type: ignore[attr-defined]
+        super().train(False)
+        backbone: Any = self.base_model
         self.training = backbone.training = mode
         backbone.cross_attn.train(mode)
         # Gradient checkpointing looks at a layer's own flag. Below the lowest block there is nothing to differentiate.
@@ -289,7 +236,7 @@ class CrossAttnPreTrainedModel:
 
         Padding may stand on either side, the states of a context are the same.
         """
-        return _reading.during(None, encode, self.base_model, input_ids, attention_mask)  # type: ignore[attr-defined]
+        return _reading.during(None, encode_states, self.base_model, input_ids, attention_mask)
 
     def _take_context(self, kwargs: dict[str, Any]) -> ProjectedContext | None:
         """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
@@ -308,11 +255,11 @@ class CrossAttnPreTrainedModel:
                 raise ValueError(f"context is {_described(context)}, want what project_context returns")
             if len(context.keys) != blocks:
                 raise ValueError(
-                    f"the context was projected for {len(context.keys)} blocks, this model has {blocks}: project it again"
+                    f"the context was projected for {len(context.keys)} blocks, this model has {blocks}: project anew"
                 )
         return context
 
-    def _reads(self, context: ProjectedContext | None) -> tuple[nn.ModuleList, ProjectedContext] | None:
+    def _reads(self, context: ProjectedContext | None) -> tuple[Any, ProjectedContext] | None:
         """What the layers are to read; what they read already stays, if it was projected by this model."""
         if context is not None:
             return self.cross_attn_blocks, context
@@ -360,7 +307,7 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self.place_blocks()
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
         self.freeze_base()
 
     def place_blocks(self) -> None:
@@ -368,27 +315,27 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         layers = self.config.cross_attn_layers
         distinct = 1 if self.config.cross_attn_shared_weights else len(layers)
         self.cross_attn = nn.ModuleList(CrossAttnBlock(self.config) for _ in range(distinct))
-        stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)  # type: ignore[arg-type]
+        stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)
         if stack is not self:
-            stack.__class__ = mixed(SkippedStack, type(stack))
-        for layer in decoder_layers:
-            layer.__class__ = mixed(ReadingLayer, type(layer))
+            stack.__class__ = mixed(SkippedStack, stack.__class__)
+        for plain in decoder_layers:
+            plain.__class__ = mixed(ReadingLayer, plain.__class__)
         for number, layer_idx in enumerate(layers):
             layer: Any = decoder_layers[layer_idx]
             layer.cross_attn_index = number % distinct
             layer.cross_attn_final = self.config.cross_attn_final_layer
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs  # type: ignore[attr-defined,index]
+        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
 
     def decoder_layers(self) -> nn.ModuleList:
         """The base's layers, lowest first."""
-        return find_layers(self, self.config.num_hidden_layers)[1]  # type: ignore[arg-type]
+        return find_layers(self, self.config.num_hidden_layers)[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's, with at most one kind of context (see `CrossAttnForCausalLM.forward`)."""
         ready = _headed.get()
         if ready is not None:
             return _Ready(last_hidden_state=ready)
-        return self._read_during(super().forward, self._take_context(kwargs), *args, **kwargs)  # type: ignore[misc]
+        return self._read_during(super().forward, self._take_context(kwargs), *args, **kwargs)
 
 
 class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
@@ -405,11 +352,11 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        backbone: Any = self.base_model  # type: ignore[attr-defined]
+        backbone: Any = self.base_model
         backbone.__class__ = self.backbone_class
         backbone.place_blocks()
         backbone.post_init()
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
         self.freeze_base()
 
     @classmethod
@@ -420,7 +367,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         ...). Raises `ValueError` for an impossible layout or a base of another kind.
         """
         ours = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
-        config_class: Any = cls.config_class  # type: ignore[attr-defined]
+        config_class: Any = cls.config_class
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         values, _ = config_class.get_config_dict(base, revision=revision, **hub)
         if values.get("model_type") != config_class.model_type:
@@ -445,11 +392,11 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, CrossAttnConfig):
             # As transformers does: what is a field of the configuration changes it, the rest is for the model.
-            config, kwargs = cls.config_class.from_pretrained(  # type: ignore[attr-defined]
+            config, kwargs = cls.config_class.from_pretrained(
                 path if config is None else config, return_unused_kwargs=True, **{**hub, **kwargs}
             )
             kwargs |= hub
-        load = super().from_pretrained  # type: ignore[misc]
+        load = super().from_pretrained
         if config.cross_attn_only:
             weights = _load_weights(path, kwargs.pop("variant", None), **hub)
             for name in hub:
@@ -472,14 +419,12 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
     def _load_base(cls, base: str | os.PathLike, config: CrossAttnConfig, **kwargs: Any):
         """Base weights under their own names; exactly the cross-attention weights are new."""
         with quiet_load_report():  # checked below, more strictly
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                base, config=config, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)
         expected = {name for name, _ in model.named_parameters() if is_cross_attn(name)}
         tied = set(model.all_tied_weights_keys)
         if strange := ((set(info["missing_keys"]) - tied) ^ expected) | set(info["unexpected_keys"]):
             raise ValueError(
-                f"{base} is not a plain {config.model_type} checkpoint: "  # type: ignore[attr-defined]
+                f"{base} is not a plain {config.model_type} checkpoint: "
                 f"{len(strange)} keys, {sorted(strange)[0]}"
             )
         model.freeze_base()
@@ -487,7 +432,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
 
     def load_cross_attention(self, weights: dict[str, torch.Tensor]) -> None:
         """Load cross-attention weights, exactly those this model has; raises `ValueError` for any other set."""
-        own = {name: p for name, p in self.named_parameters() if is_cross_attn(name)}  # type: ignore[attr-defined]
+        own = {name: p for name, p in self.named_parameters() if is_cross_attn(name)}
         wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights]
         wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
         if wrong:
@@ -507,24 +452,24 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
                 raise ValueError(
                     "this model names no base to place its blocks into, or its embeddings were resized: save it whole"
                 )
-            state_dict = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+            state_dict = kwargs.get("state_dict") or self.state_dict()
             kwargs["state_dict"] = {name: t for name, t in state_dict.items() if is_cross_attn(name)}
             kwargs["save_original_format"] = False  # the names of a family's published weights are not ours
         was, self.config.cross_attn_only = self.config.cross_attn_only, cross_attn_only
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.cross_attn_only = was
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.base_model_name_or_path = None  # its embeddings are others now
         self.freeze_base()
         return embeddings
 
     def trainable_parameters(self) -> tuple[int, int]:
         """How many parameters train, and how many there are in all."""
-        return self.num_parameters(only_trainable=True), self.num_parameters()  # type: ignore[attr-defined]
+        return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def forward(
         self,
@@ -557,22 +502,19 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         if targets is None and labels is not None:
             targets = shifted(labels)
         if targets is None:
-            return self._read_during(super().forward, context, **kwargs)  # type: ignore[misc]
+            return self._read_during(super().forward, context, **kwargs)
         as_dict = kwargs.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict
         kwargs.pop("logits_to_keep", None)
         if self.training:
             kwargs["use_cache"] = False
-        backbone = self.base_model  # type: ignore[attr-defined]
+        backbone = self.base_model
         outputs = self._read_during(backbone, context, **kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
         targets = targets.to(hidden_states.device)
         skip_logits = self.training if skip_logits is None else skip_logits
         logits = None if skip_logits else self._logits(hidden_states)
-        if logits is None:
-            states, head = hidden_states, self._logits
-        else:
-            states, head = logits, _identity
+        states, head = (hidden_states, self._logits) if logits is None else (logits, _identity)
         vocabulary = self.config.get_text_config().vocab_size
         loss = next_token_loss(states, head, targets, vocabulary, num_items, smoothing)
         output = CausalLMOutputWithCrossAttentions(
@@ -591,7 +533,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         Its head may have a bias, a soft cap or a scale, and may be wrapped: only its own code knows.
         """
         rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
-        logits = _headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits  # type: ignore[misc]
+        logits = _headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
         return logits.view(*hidden_states.shape[:-1], -1)
 
     @torch.no_grad()
@@ -605,10 +547,10 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not isinstance(assistant, CrossAttnForCausalLM):
             # As an argument it would reach the assistant, too.
-            return _reading.during(self._reads(context), super().generate, inputs, *args, **kwargs)  # type: ignore[misc]
+            return _reading.during(self._reads(context), super().generate, inputs, *args, **kwargs)
         if context is not None:
             kwargs["context"] = context
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:
@@ -621,26 +563,6 @@ def _described(value: Any) -> str:
         if isinstance(value, torch.Tensor)
         else f"a {type(value).__name__}"
     )
-
-
-@torch.no_grad()
-def encode(
-    backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last hidden states (C, S, d) of a backbone, before the LM head, and the boolean mask (C, S).
-
-    Padding may stand on either side: a family need not know, each context is read from position 0. States at padding
-    positions are meaningless.
-    """
-    if attention_mask is None:
-        states = backbone(input_ids, use_cache=False).last_hidden_state
-        return states, torch.ones_like(input_ids, dtype=torch.bool)
-    mask = attention_mask.bool()
-    order = (~mask).long().argsort(dim=-1, stable=True)  # tokens first, in their order
-    packed = mask.gather(1, order).to(attention_mask.dtype)
-    states = backbone(input_ids.gather(1, order), attention_mask=packed, use_cache=False).last_hidden_state
-    index = order.argsort(dim=-1)[..., None].expand(-1, -1, states.shape[-1])
-    return states.gather(1, index), mask
 
 
 def hide_tokens(mask: torch.Tensor, prob: float) -> torch.Tensor:
@@ -688,7 +610,7 @@ def quiet_load_report() -> Iterator[None]:
 
 
 def family_classes(
-    config_class: type, backbone_class: type, causal_class: type, *more: type
+    config_class: Any, backbone_class: Any, causal_class: Any, *more: Any
 ) -> tuple[type, type, type]:
     """The fused configuration, backbone and causal language model of a family; `more` is mixed into the last."""
     fields = {name: getattr(CrossAttnConfig, name) for name in FIELDS}
@@ -699,25 +621,23 @@ def family_classes(
             "__annotations__": CrossAttnConfig.__annotations__,
             "__doc__": CrossAttnConfig.__doc__,
             "attribute_map": {
-                **config_class.attribute_map,  # type: ignore[attr-defined]
+                **config_class.attribute_map,
                 "n_cross_attn_layers": "num_cross_attn_layers",  # the published original's name
             },
             **fields,
         },
     )
     shared = {"config_class": config}
-    base_backbone: Any = backbone_class
     backbone = type(
         f"CrossAttn{backbone_class.__name__}",
         (CrossAttnModel, backbone_class),
         {
             **shared,
-            "forward": declare(CrossAttnModel.forward, base_backbone.forward, CONTEXT_ARGUMENTS),
-            "_no_split_modules": [*(base_backbone._no_split_modules or []), *NO_SPLIT],
+            "forward": declare(CrossAttnModel.forward, backbone_class.forward, CONTEXT_ARGUMENTS),
+            "_no_split_modules": [*(backbone_class._no_split_modules or []), *NO_SPLIT],
         },
     )
-    base_causal: Any = causal_class
-    parameters = inspect.signature(base_causal.forward).parameters
+    parameters = inspect.signature(causal_class.forward).parameters
     causal = type(
         f"CrossAttn{causal_class.__name__}",
         (*more, CrossAttnForCausalLM, causal_class),
@@ -725,8 +645,8 @@ def family_classes(
             **shared,
             "backbone_class": backbone,
             "forward_parameters": tuple(parameters)[1:],
-            "forward": declare(CrossAttnForCausalLM.forward, base_causal.forward, CONTEXT_ARGUMENTS),
-            "_no_split_modules": [*(base_causal._no_split_modules or []), *NO_SPLIT],
+            "forward": declare(CrossAttnForCausalLM.forward, causal_class.forward, CONTEXT_ARGUMENTS),
+            "_no_split_modules": [*(causal_class._no_split_modules or []), *NO_SPLIT],
         },
     )
     return config, backbone, causal
