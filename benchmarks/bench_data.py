@@ -29,7 +29,8 @@ from dssk.data.preprocess import prepare
 from dssk.inference.batching import length_mask, pad_tokens
 from dssk.inference.encoding import encode
 from dssk.research.make_base import make_tokenizer
-from dssk.store import format as store
+from dssk.store.dataset import load_rows
+from dssk.store.opening import load_manifest
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
 
@@ -119,7 +120,7 @@ def bench_bytes(results: Results, folder: Path) -> None:
         path = preprocess(
             flags(folder, draw_lengths(NUM_ENCODED), storage_dtype, storage_dtype=storage_dtype)
         )
-        manifest = store.load_manifest(path)
+        manifest = load_manifest(path)
         text = sum(
             len(context.encode()) for context in datasets.load_from_disk(str(path / "contexts"))["context"]
         )
@@ -150,7 +151,7 @@ class Examples(NamedTuple):
 
 def bench_reading(results: Results, folder: Path) -> None:
     """Shuffled rows through the loader and the collator: ours, and nested lists with `with_format("torch")`."""
-    ours = store.load_rows(preprocess(flags(folder, draw_lengths(NUM_ENCODED), "bf16")))["train"].select(
+    ours = load_rows(preprocess(flags(folder, draw_lengths(NUM_ENCODED), "bf16")))["train"].select(
         range(NUM_READ)
     )
     nested = datasets.Dataset.from_generator(
@@ -217,7 +218,7 @@ def bench_memory(results: Results, folder: Path) -> None:
             check=True,
         )
         seconds[num_contexts], peak[num_contexts] = map(float, done.stdout.splitlines()[-1].split())
-        manifest = store.load_manifest(Path(command[3]) / "processed_data" / "SMALL")
+        manifest = load_manifest(Path(command[3]) / "processed_data" / "SMALL")
         written[num_contexts] = sum(segment.num_bytes for segment in manifest.segments)
     settings = {
         "contexts": f"{SMALL_STORE} and {LARGE_STORE}",

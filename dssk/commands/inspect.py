@@ -11,8 +11,8 @@ from dssk.utils.flags import Parser
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from dssk.store.format import load_manifest
     from dssk.store.inspect import plot_lengths, summary
+    from dssk.store.opening import load_manifest
 
     manifest = load_manifest(args.folder)
     print("\n".join(f"{name:14}{text}" for name, text in summary(manifest).items()))

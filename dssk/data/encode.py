@@ -30,8 +30,10 @@ from dssk.errors import EnvironmentFault
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Batch, Encoder, one_thread
 from dssk.inference.loading import device, load_base
-from dssk.inference.rounding import encoding_bytes
-from dssk.store import format as store
+from dssk.inference.rounding import StorageDtype, encoding_bytes
+from dssk.store.manifest import CONTEXTS, FileInfo, ShardInfo, load_shard_info, shard_name
+from dssk.store.opening import find_fault
+from dssk.store.segments import context_features, encoded_record
 from dssk.utils import files
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
@@ -55,12 +57,12 @@ class Job:
     """Most tokens in a batch, padding included; one longer context is a batch of its own."""
 
     @property
-    def storage_dtype(self) -> store.StorageDtype:
-        return cast(store.StorageDtype, self.plan.settings.storage_dtype)
+    def storage_dtype(self) -> StorageDtype:
+        return cast(StorageDtype, self.plan.settings.storage_dtype)
 
     def path(self, index: int, suffix: str) -> Path:
         """File of shard `index`; `suffix` is `.arrow` or `.json`."""
-        return self.folder / store.CONTEXTS / (store.shard_name(index, len(self.plan.shards)) + suffix)
+        return self.folder / CONTEXTS / (shard_name(index, len(self.plan.shards)) + suffix)
 
     def shard_bytes(self, shard: PlannedShard) -> int:
         """About the size of a shard's Arrow file, texts left out."""
@@ -74,7 +76,7 @@ class Job:
 
     def open_folder(self) -> None:
         """Make `contexts/` ready: no shard of another plan in it, room for what is missing."""
-        folder = self.folder / store.CONTEXTS
+        folder = self.folder / CONTEXTS
         names = self.shard_names()
         if not names:
             return
@@ -95,11 +97,11 @@ class Job:
 
     def _is_done(self, index: int, shard: PlannedShard) -> bool:
         """Whether a shard was written for these contexts, and every byte of it is still as it was written."""
-        info = store.load_shard_info(self.path(index, ".json"))
+        info = load_shard_info(self.path(index, ".json"))
         if info is None or info.key != shard.key:
             return False
-        written = store.FileInfo(num_bytes=info.num_bytes, xxh3_128=info.xxh3_128)
-        return not store.find_fault(self.path(index, ".arrow"), written)
+        written = FileInfo(num_bytes=info.num_bytes, xxh3_128=info.xxh3_128)
+        return not find_fault(self.path(index, ".arrow"), written)
 
 
 # --- all shards ------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
     shard = job.plan.shards[index]
     arrow = job.path(index, ".arrow")
     files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
-    schema = store.context_features(job.storage_dtype).arrow_schema
+    schema = context_features(job.storage_dtype).arrow_schema
     encoder = Encoder(model, storage_dtype=job.storage_dtype)
     with (
         files.publish(arrow) as file,
@@ -252,7 +254,7 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
             progress(sum(map(len, batch.input_ids)))
         if written:
             written.result()
-    info = store.ShardInfo(
+    info = ShardInfo(
         key=shard.key,
         first_row=shard.first_row,
         rows=shard.rows,
@@ -270,9 +272,7 @@ def _record(batch: Batch, truncated: list[bool], encoder: Encoder) -> pa.RecordB
     """The rows of a batch as they are stored; a context's id is its row number."""
     num_tokens = [len(ids) for ids in batch.input_ids]
     ids = [str((batch.first_row or 0) + row) for row in range(len(num_tokens))]
-    return store.encoded_record(
-        ids, [""] * len(ids), batch.texts, num_tokens, truncated, *encoder.quantized(batch)
-    )
+    return encoded_record(ids, [""] * len(ids), batch.texts, num_tokens, truncated, *encoder.quantized(batch))
 
 
 def batches(job: Job, index: int) -> Iterator[tuple[Batch, list[bool]]]:

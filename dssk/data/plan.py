@@ -21,7 +21,19 @@ from dssk.data.readers import BadRow, RawRow
 from dssk.data.schemas import Dropped, UnknownFields, to_qa
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.tokenizer import tokenize_contexts
-from dssk.store import format as store
+from dssk.store.dataset import QUESTION_FEATURES, write_dataset_files
+from dssk.store.manifest import (
+    HISTOGRAM_BIN_TOKENS,
+    SPLITS,
+    Checked,
+    Counts,
+    FileInfo,
+    Settings,
+    Strict,
+    shard_name,
+)
+from dssk.store.opening import verified
+from dssk.store.segments import write_table
 from dssk.utils import files
 
 STAGING = ".staging"
@@ -39,8 +51,8 @@ _CONTEXT_SCHEMA = pa.schema(
 )
 
 
-class PlannedShard(store.Strict):
-    """What a shard will hold; `key` as in `store.ShardInfo`."""
+class PlannedShard(Strict):
+    """What a shard will hold; `key` as in `ShardInfo`."""
 
     key: str
     first_row: int
@@ -48,15 +60,15 @@ class PlannedShard(store.Strict):
     tokens: int
 
 
-class Plan(store.Checked):
+class Plan(Checked):
     """A store whose texts are complete and whose contexts are still to be encoded."""
 
-    settings: store.Settings
-    counts: store.Counts
+    settings: Settings
+    counts: Counts
     shards: list[PlannedShard]
-    tables: dict[str, store.FileInfo]
+    tables: dict[str, FileInfo]
     """The files of `train/` and `val/`, by path relative to the store."""
-    context_tokens: store.FileInfo
+    context_tokens: FileInfo
 
 
 class Tally:
@@ -104,7 +116,7 @@ class Tally:
 
 def stage_rows(path: Path, rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> None:
     """Write the usable rows, at most `max_examples`, to the Arrow file `path`."""
-    store.write_table(path, _ROW_SCHEMA, _batches(_usable(rows, max_examples, tally), _ROW_SCHEMA))
+    write_table(path, _ROW_SCHEMA, _batches(_usable(rows, max_examples, tally), _ROW_SCHEMA))
 
 
 def _usable(rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> Iterator[tuple]:
@@ -154,7 +166,7 @@ def _staged(path: Path) -> Iterator[dict]:
 
 def make_plan(
     folder: Path,
-    settings: store.Settings,
+    settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     staged: dict[str, Path],
     val_fraction: float,
@@ -163,22 +175,22 @@ def make_plan(
     """Write the question tables and the contexts' tokens, then the plan. `staged` is by split as in `find_files`."""
     numbering = _Numbering(staged, val_fraction, tally)
     contexts = _Contexts(settings, tokenizer)
-    context_tokens = store.write_table(
+    context_tokens = write_table(
         folder / STAGING / CONTEXT_TOKENS, _CONTEXT_SCHEMA, contexts.shards(numbering.contexts())
     )
-    tables: dict[str, store.FileInfo] = {}
-    for split in store.SPLITS:
+    tables: dict[str, FileInfo] = {}
+    for split in SPLITS:
         if not numbering.kept[split] and (split != "val" or val_fraction):
             raise DsskError(_no_rows(split, numbering, tally))
         source = staged.get(split) or staged["all"]
         tables |= _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
     plan = Plan(
         settings=settings,
-        counts=store.Counts(
+        counts=Counts(
             read=tally.read,
             dropped=dict(sorted(tally.dropped.items())),
             bad_rows=tally.bad_rows,
-            rows={split: len(numbering.kept[split]) for split in store.SPLITS},
+            rows={split: len(numbering.kept[split]) for split in SPLITS},
             contexts=len(contexts.positions),
             truncated=contexts.truncated,
             tokens=sum(shard.tokens for shard in contexts.planned),
@@ -210,7 +222,7 @@ def load_plan(folder: Path) -> Plan | None:
     try:
         plan = Plan.from_file((folder / STAGING / PLAN).read_bytes())
         for name, info in {**plan.tables, f"{STAGING}/{CONTEXT_TOKENS}": plan.context_tokens}.items():
-            store.verified(folder, name, info)
+            verified(folder, name, info)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except DamagedData as error:
@@ -239,7 +251,7 @@ class _Numbering:
         self.divides = "all" in staged
         """Whether the rows come without splits."""
         self._val_documents = _choose_documents(staged["all"], val_fraction) if self.divides else set()
-        self.kept = {split: _Kept() for split in store.SPLITS}
+        self.kept = {split: _Kept() for split in SPLITS}
 
     def contexts(self) -> Iterator[str]:
         """Every distinct context of the kept rows, once. `kept` is complete when this is exhausted."""
@@ -309,7 +321,7 @@ def _digest(*texts: str) -> int:
 class _Contexts:
     """Cuts contexts into shards; inside a shard the longest comes first."""
 
-    def __init__(self, settings: store.Settings, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase):
         self._settings = settings
         self._tokenizer = tokenizer
         self.positions = array("q")
@@ -330,7 +342,7 @@ class _Contexts:
         self.truncated += sum(truncated)
         ids = [row[:maximum] for row in ids]
         for row in ids:
-            bin_index = (len(row) - 1) // store.HISTOGRAM_BIN_TOKENS
+            bin_index = (len(row) - 1) // HISTOGRAM_BIN_TOKENS
             self.histogram += [0] * (bin_index + 1 - len(self.histogram))
             self.histogram[bin_index] += 1
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -345,20 +357,20 @@ class _Contexts:
         return _record_batch([(*rows[k], truncated[i]) for k, i in enumerate(order)], _CONTEXT_SCHEMA)
 
 
-def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> dict[str, store.FileInfo]:
-    features = store.QUESTION_FEATURES
-    name = f"{store.shard_name(0, 1)}.arrow"
+def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> dict[str, FileInfo]:
+    features = QUESTION_FEATURES
+    name = f"{shard_name(0, 1)}.arrow"
     files.make_folder(folder)
     batches = _batches(_questions(staged, kept, positions), features.arrow_schema)
-    info = store.write_table(folder / name, features.arrow_schema, batches)
+    info = write_table(folder / name, features.arrow_schema, batches)
     return {
         f"{folder.name}/{name}": info,
-        **store.write_dataset_files(folder, features, {name: info.xxh3_128}),
+        **write_dataset_files(folder, features, {name: info.xxh3_128}),
     }
 
 
 def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:
-    """Rows of `store.QUESTION_FEATURES`."""
+    """Rows of `QUESTION_FEATURES`."""
     numbers = iter(zip(kept.indices, kept.numbers, strict=True))
     wanted, number = next(numbers, (-1, 0))
     for index, row in enumerate(_staged(path)):

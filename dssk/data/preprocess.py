@@ -16,9 +16,12 @@ from dssk.data.encode import Job, encode_shards
 from dssk.errors import DsskError, short
 from dssk.inference.fingerprint import is_model, model_fingerprint, tokenizer_hash
 from dssk.inference.loading import load_base_config
+from dssk.inference.rounding import StorageDtype
 from dssk.inference.tokenizer import load_tokenizer, template_version
 from dssk.models.shapes import window
-from dssk.store import format as store
+from dssk.store.dataset import finish
+from dssk.store.manifest import MANIFEST, Manifest, Settings, lock
+from dssk.store.opening import check_sizes, load_manifest
 from dssk.utils import files, ranks
 from dssk.utils.console import quiet_libraries
 
@@ -46,7 +49,7 @@ class Request:
     batch_tokens: int
     num_proc: int
     data_cache_path: Path
-    storage_dtype: store.StorageDtype
+    storage_dtype: StorageDtype
     text_only: bool
     shard_rows: int
     makers: Mapping[str, sources.Maker] = field(default_factory=dict)
@@ -105,7 +108,7 @@ def prepare(request: Request, locks: contextlib.ExitStack, team: ranks.Ranks) ->
         folder, settings, request, config
     ):  # a complete one may lie on a read-only disk
         files.make_folder(folder.parent)
-        locks.enter_context(store.lock(folder))
+        locks.enter_context(lock(folder))
     if _is_complete(folder, settings, request, config):
         files.remove(staging)
         print(f"Encoded contexts found in {folder}: used again.")
@@ -149,9 +152,9 @@ def _check_devices(request: Request, team: ranks.Ranks) -> None:
         raise DsskError(f"--num_proc {request.num_proc} is more than the {num_gpus} visible GPUs: lower it")
 
 
-def _settings(request: Request, config: PreTrainedConfig, source: sources.Source) -> store.Settings:
+def _settings(request: Request, config: PreTrainedConfig, source: sources.Source) -> Settings:
     tokenizer = load_tokenizer(request.embedding_model, request.revision)
-    return store.Settings(
+    return Settings(
         model_id=request.embedding_model,
         model_revision=getattr(config, "_commit_hash", None),
         model_fingerprint=model_fingerprint(request.embedding_model, config, request.revision),
@@ -170,20 +173,20 @@ def _model_dtype(request: Request, config: PreTrainedConfig) -> torch.dtype:
     return (config.dtype or torch.float32) if request.dtype == "auto" else _DTYPES[request.dtype]
 
 
-def _is_complete(folder: Path, settings: store.Settings, request: Request, config: PreTrainedConfig) -> bool:
-    if not (folder / store.MANIFEST).exists():
+def _is_complete(folder: Path, settings: Settings, request: Request, config: PreTrainedConfig) -> bool:
+    if not (folder / MANIFEST).exists():
         return False
-    manifest = store.load_manifest(folder)
+    manifest = load_manifest(folder)
     found = manifest.settings
     if is_model(found.model_fingerprint, request.embedding_model, config, request.revision):
         # the same base, in whichever version's words
         found = found.model_copy(update={"model_fingerprint": settings.model_fingerprint})
     _require_same(folder, found, settings)
-    store.check_sizes(folder, manifest)
+    check_sizes(folder, manifest)
     return True
 
 
-def _resume(folder: Path, settings: store.Settings) -> planning.Plan | None:
+def _resume(folder: Path, settings: Settings) -> planning.Plan | None:
     plan = planning.load_plan(folder)
     if plan:
         _require_same(folder, plan.settings, settings)
@@ -192,7 +195,7 @@ def _resume(folder: Path, settings: store.Settings) -> planning.Plan | None:
     return plan
 
 
-def _require_same(folder: Path, found: store.Settings, wanted: store.Settings) -> None:
+def _require_same(folder: Path, found: Settings, wanted: Settings) -> None:
     """Raise `DsskError` naming the settings in which a folder differs from what is wanted."""
     old, new = _comparable(found), _comparable(wanted)
     differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -203,14 +206,14 @@ def _require_same(folder: Path, found: store.Settings, wanted: store.Settings) -
         )
 
 
-def _comparable(settings: store.Settings) -> dict[str, object]:
+def _comparable(settings: Settings) -> dict[str, object]:
     """The settings by name, without those that say where the model and the rows were found."""
     entries = settings.model_dump()
     entries |= entries.pop("source")
     return {name: value for name, value in entries.items() if name not in ("model_id", *sources.COMMITS)}
 
 
-def _start(folder: Path, settings: store.Settings, source: sources.Source, request: Request) -> planning.Plan:
+def _start(folder: Path, settings: Settings, source: sources.Source, request: Request) -> planning.Plan:
     """Read the source and plan the store."""
     staging = folder / planning.STAGING
     files.remove(staging)
@@ -230,15 +233,13 @@ def _start(folder: Path, settings: store.Settings, source: sources.Source, reque
 # --- after everything is encoded --------------------------------------------------------------------------------
 
 
-def _finish(job: Job) -> store.Manifest:
-    manifest = store.finish(
-        job.folder, job.plan.settings, job.plan.counts, job.shard_names(), job.plan.tables
-    )
+def _finish(job: Job) -> Manifest:
+    manifest = finish(job.folder, job.plan.settings, job.plan.counts, job.shard_names(), job.plan.tables)
     files.remove(job.folder / planning.STAGING)
     return manifest
 
 
-def _report(folder: Path, manifest: store.Manifest) -> None:
+def _report(folder: Path, manifest: Manifest) -> None:
     counts = manifest.counts
     print(
         f"{counts.read} rows read, {sum(counts.rows.values())} kept ({planning.describe(counts.rows)}); "

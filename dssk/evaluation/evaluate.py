@@ -29,7 +29,7 @@ from dssk.inference.generation import context_batch, generate_batch, nll_batch
 from dssk.inference.loading import FusedModel, device, find_model, load_model
 from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize_question
 from dssk.run_folder import PREDICTIONS, SCORES, model_step
-from dssk.store import format as store
+from dssk.store.opening import load_manifest
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 from dssk.utils.files import publish_json
 from dssk.utils.flags import nearest
@@ -196,7 +196,7 @@ def evaluate_checkpoint(
     """
     chosen = control_list(controls)
     if data_path:
-        store.load_manifest(data_path)  # before the model: another folder is refused at once
+        load_manifest(data_path)  # before the model: another folder is refused at once
     folder = find_model(checkpoint)
     file = Path(output) if output else output_folder(checkpoint) / SCORES
     predictions = file.with_name(PREDICTIONS)

@@ -21,12 +21,9 @@ from dssk.inference.loading import FusedModel, find_encoder
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.models.shapes import window
-from dssk.store.format import (
-    MANIFEST,
-    check_model,
-    load_manifest,
-    load_rows,
-)
+from dssk.store.dataset import load_rows
+from dssk.store.manifest import MANIFEST
+from dssk.store.opening import check_model, load_manifest
 
 
 @dataclass(frozen=True)

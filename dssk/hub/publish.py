@@ -16,7 +16,7 @@ from dssk.errors import DamagedData, Diverged, DsskError, EnvironmentFault
 from dssk.evaluation.evaluate import SCORES, output_folder
 from dssk.hub.model_card import Origin, hub_name, model_card
 from dssk.inference.loading import find_model, load_model
-from dssk.store import format as store
+from dssk.store.opening import load_manifest
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
 from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
 
@@ -90,7 +90,7 @@ def find_origin(
         scores = _json(folder.parent / SCORES)  # of the run, whose model this is
     data: dict[str, Any] = {}
     if data_path:
-        read = store.load_manifest(data_path)
+        read = load_manifest(data_path)
         name = str(read.source["dataset"])
         data = {
             "data": Path(name).name if "dataset_contents" in read.source else name,

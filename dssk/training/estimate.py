@@ -15,7 +15,7 @@ from dssk.inference.rounding import encoding_bytes
 from dssk.models.configuration import num_attention_heads
 from dssk.models.loss import CHUNK_LOGITS
 from dssk.models.shapes import kv_cache_values, mlp_values, projected_values
-from dssk.store.format import Manifest
+from dssk.store.manifest import Manifest
 from dssk.training.flags import RunArgs
 from dssk.utils.files import size
 

@@ -27,7 +27,9 @@ from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
 from dssk.run_folder import lock_file, move_aside, stored_experiment, write_experiment
 from dssk.store import verify
-from dssk.store.format import Manifest, check_model, load_manifest, load_rows
+from dssk.store.dataset import load_rows
+from dssk.store.manifest import Manifest
+from dssk.store.opening import check_model, load_manifest
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import check_loggers, training_arguments

@@ -14,7 +14,7 @@ from dssk.data.dataset import CrossAttnDataset
 from dssk.errors import DsskError
 from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.store.format import load_rows
+from dssk.store.dataset import load_rows
 from tests.conftest import byte_tokenizer, experiment
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from dssk.errors import Diverged, EnvironmentFault
 from dssk.inference import encoding
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.store import format as store
+from dssk.store.dataset import load_rows
+from dssk.store.manifest import load_shard_info
+from dssk.store.opening import load_manifest
 from tests.conftest import REPOSITORY
 from tests.data.conftest import rows, stamps, tree, write_jsonl
 
@@ -39,7 +41,7 @@ def forwards(monkeypatch):
 
 
 def states(path) -> dict[str, torch.Tensor]:
-    return {row["context"]: row["encoder_hidden_states"] for row in store.load_rows(path)["train"]}
+    return {row["context"]: row["encoder_hidden_states"] for row in load_rows(path)["train"]}
 
 
 def out_of_memory(shape):
@@ -68,7 +70,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, preprocess, source
     path = preprocess(tmp_path / "halved", source)
     for context, halved in states(path).items():
         torch.testing.assert_close(halved, whole[context], rtol=0.02, atol=0.02)
-    shards = [store.load_shard_info(file) for file in sorted((path / "contexts").glob("data-*.json"))]
+    shards = [load_shard_info(file) for file in sorted((path / "contexts").glob("data-*.json"))]
     assert [shard and shard.out_of_memory_splits for shard in shards] == [6] * 5
 
 
@@ -123,7 +125,7 @@ def test_the_model_computes_in_the_type_that_was_asked_for(tmp_path, preprocess,
     )
     path = preprocess(tmp_path, source, dtype="bf16")
     assert set(seen) == {torch.bfloat16}
-    assert store.load_manifest(path).model_dtype == "bfloat16"
+    assert load_manifest(path).model_dtype == "bfloat16"
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preproc
     kept = stamps(path.with_suffix(".arrow") for path in contexts.glob("data-*.json"))
     path = preprocess(tmp_path, source, **flags | {"val_fraction": 0.05, "num_proc": 1})
     assert stamps(kept) == kept
-    store.load_rows(path)
+    load_rows(path)
 
 
 def _workers(pid: int) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 
 from dssk.data.sources import NATURAL_QUESTIONS
 from dssk.research import toy
-from dssk.store import format as store
+from dssk.store.opening import load_manifest
 from tests.conftest import REPOSITORY
 from tests.data import fake_hub
 
@@ -90,7 +90,7 @@ def test_natural_questions_comes_from_the_hub_without_its_html_and_is_used_again
         assert done.returncode == 0, done.stderr
         assert hub.bytes_sent < 0.6 * sum(map(len, natural_questions.values()))
     path = tmp_path / "processed_data" / base_path.name
-    manifest = store.load_manifest(path)
+    manifest = load_manifest(path)
     assert manifest.counts.rows == {"train": 60, "val": 30}
     assert manifest.source["dataset_commit"] == fake_hub.COMMIT
     again = command(hub.url)  # nobody answers there any more

@@ -12,7 +12,9 @@ from dssk.data.plan import Tally
 from dssk.data.readers import BadRow
 from dssk.errors import DsskError
 from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
-from dssk.store import format as store
+from dssk.store.dataset import load_rows
+from dssk.store.manifest import load_shard_info
+from dssk.store.opening import load_manifest
 from tests.data.conftest import rows, write_jsonl
 
 
@@ -25,8 +27,8 @@ def texts(tmp_path, preprocess):
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
         path = preprocess(folder, write_jsonl(folder / "r.jsonl", values), text_only=True, **flags)
-        loaded = store.load_rows(path)
-        return store.load_manifest(path), loaded["train"].to_list(), loaded["val"].to_list()
+        loaded = load_rows(path)
+        return load_manifest(path), loaded["train"].to_list(), loaded["val"].to_list()
 
     return run
 
@@ -113,7 +115,7 @@ def test_shards_hold_each_context_once_longest_first(finished):
     contexts = datasets.load_from_disk(str(finished / "contexts"))
     assert len(contexts) == len(set(contexts["context"])) == 40
     lengths = contexts["n_tokens"]
-    infos = [store.load_shard_info(path) for path in sorted(finished.glob("contexts/data-*.json"))]
+    infos = [load_shard_info(path) for path in sorted(finished.glob("contexts/data-*.json"))]
     assert [shard.rows for shard in infos] == [8] * 5
     for shard in infos:
         part = lengths[shard.first_row : shard.first_row + shard.rows]

@@ -13,7 +13,7 @@ from dssk.evaluation.questions import (
     spread,
 )
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.store.format import load_rows
+from dssk.store.dataset import load_rows
 from tests.conftest import fused, make_base, question_rows
 
 

@@ -4,7 +4,7 @@ import torch
 from dssk import prompts
 from dssk.inference.generation import answer_in, context_batch, generate_batch, nll_batch
 from dssk.inference.tokenizer import load_tokenizer, tokenize_answer, tokenize_question
-from dssk.store.format import load_rows
+from dssk.store.dataset import load_rows
 from tests.conftest import fused
 
 

@@ -14,7 +14,7 @@ from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import load_model
 from dssk.models.modeling import is_cross_attn
-from dssk.store.format import load_rows
+from dssk.store.dataset import load_rows
 from dssk.training.run import train
 from tests.conftest import experiment, make_base
 from tests.hub import model_hub
