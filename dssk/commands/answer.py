@@ -6,7 +6,7 @@
 
 Without --context_id the library is searched (BM25) for each question. A line of --input has "question" and, at will,
 "context_id" (one or a list); it comes back with "answer" and "context_ids". A question that no context shares a word
-with is answered without one, "context_ids" is empty then.
+with is answered without one, which is said first; "context_ids" is empty then.
 """
 
 from argparse import Namespace
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
-    ask(args)
+    ask(**vars(args))
 
 
 def check(args: Namespace) -> None:

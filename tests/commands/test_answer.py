@@ -1,4 +1,4 @@
-"""Answering: `model.answer` whatever its contexts are given as, and the command in its three ways."""
+"""The command that answers, in its three ways."""
 
 import json
 import os
@@ -7,19 +7,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from dssk import prompts
 from dssk.commands import answer
-from dssk.errors import DsskError, run
-from dssk.inference.generate import generate_answers
+from dssk.demo.asking import NOTHING_FOUND, _Stream
+from dssk.errors import run
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.store.library import ContextLibrary
-from tests.conftest import REPOSITORY, encode_rows, fused, make_base, question_rows
-
-TEXTS = ["Mill 1 was built in 1701.", "The bridge of Aston is longer than the mill is high.", "Ann."]
-QUESTIONS = ["when", "how long is the bridge", "who is it", "where does it lie"]
+from tests.conftest import REPOSITORY, encode_rows, make_base, question_rows
+from tests.inference.test_answering import QUESTIONS, TEXTS, loud
 
 
 @pytest.fixture(scope="module")
@@ -28,107 +23,8 @@ def tokenizer(base_path):
 
 
 @pytest.fixture(scope="module")
-def model(base_path) -> CrossAttnGPTBigCodeForCausalLM:
-    """Random blocks, but loud enough that every context changes the answer."""
-    model = fused(base_path)
-    with torch.no_grad():
-        for block in model.transformer.cross_attn:
-            block.attn.c_proj.weight.mul_(20)
-    return model
-
-
-@pytest.fixture(scope="module")
-def states(model, tokenizer):
-    """Encoder states (S, d) of a text, encoded alone."""
-
-    def states(text: str) -> torch.Tensor:
-        ids = tokenizer(prompts.context(text), return_tensors="pt")["input_ids"]
-        return model.encode(ids)[0][0]
-
-    return states
-
-
-def one_by_one(model, tokenizer, questions, contexts: list) -> list[str]:
-    """Reference: each question in a batch of its own, from states or None."""
-    return [
-        generate_answers(model, tokenizer, [question], lambda _, c=context: c, 1)[0]
-        for question, context in zip(questions, contexts, strict=True)
-    ]
-
-
-def test_texts_states_and_a_projection_give_the_same_answers(model, tokenizer, states):
-    contexts = [states(text) for text in (TEXTS[0], TEXTS[1], TEXTS[1], TEXTS[2])]
-    texts = [TEXTS[0], TEXTS[1], TEXTS[1], TEXTS[2]]
-    expected = one_by_one(model, tokenizer, QUESTIONS, contexts)
-    assert len(set(expected)) == 4
-    assert model.answer(QUESTIONS, texts, tokenizer) == expected
-    assert model.answer(QUESTIONS, contexts, tokenizer) == expected
-    assert model.answer(QUESTIONS, contexts, tokenizer, batch_size=3) == expected
-    of_one = one_by_one(model, tokenizer, QUESTIONS, [contexts[1]] * 4)
-    assert of_one != expected
-    projected = model.project_context(contexts[1][None])
-    for shared in (TEXTS[1], contexts[1], projected):
-        assert model.answer(QUESTIONS, shared, tokenizer) == of_one
-        assert model.answer(QUESTIONS[2], shared, tokenizer) == of_one[2]
-
-
-def test_without_a_context_it_is_the_base_even_beside_questions_that_have_one(model, base, tokenizer, states):
-    ids = tokenizer(prompts.question(QUESTIONS[0]), return_tensors="pt")["input_ids"]
-    output = base.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=4)[0, ids.shape[1] :]
-    expected = tokenizer.decode(output, skip_special_tokens=True).strip()
-    assert model.answer(QUESTIONS[0], None, tokenizer) == expected
-    mixed = model.answer(QUESTIONS, [[], TEXTS[0], TEXTS[1], None], tokenizer)
-    assert mixed == one_by_one(model, tokenizer, QUESTIONS, [None, states(TEXTS[0]), states(TEXTS[1]), None])
-
-
-def test_several_contexts_are_encoded_apart_and_attended_to_together(model, tokenizer, states):
-    joined = torch.cat([states(TEXTS[0]), states(TEXTS[2])])
-    expected = one_by_one(model, tokenizer, QUESTIONS[:1], [joined])
-    assert expected != one_by_one(model, tokenizer, QUESTIONS[:1], [states(TEXTS[0])])
-    assert model.answer(QUESTIONS[:1], [[TEXTS[0], states(TEXTS[2])]], tokenizer) == expected
-    assert model.answer(QUESTIONS[0], [TEXTS[0], TEXTS[2]], tokenizer) == expected[0]
-
-
-def test_a_text_is_encoded_once_and_projected_once_for_all_its_questions(model, tokenizer, monkeypatch):
-    encoded, projected = [], []
-    encode, project = model.encode, model.project_context
-    monkeypatch.setattr(model, "encode", lambda ids, mask: encoded.append(ids.shape[0]) or encode(ids, mask))
-    monkeypatch.setattr(
-        model,
-        "project_context",
-        lambda states, mask: projected.append(states.shape[0]) or project(states, mask),
-    )
-    model.answer([f"question {i}" for i in range(40)], TEXTS[0], tokenizer, max_new_tokens=2)
-    assert sum(encoded) == 1
-    assert projected == [1, 1]  # batches of 32 and 8
-    encoded.clear()
-    model.answer(
-        [f"question {i}" for i in range(40)], [TEXTS[i % 3] for i in range(40)], tokenizer, max_new_tokens=2
-    )
-    assert sum(encoded) == 3
-
-
-def test_the_tokenizer_is_found_where_the_model_was_loaded_from(model, tokenizer, base_path, tmp_path):
-    expected = model.answer(QUESTIONS, TEXTS[1], tokenizer)
-    assert model.answer(QUESTIONS, TEXTS[1]) == expected
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert CrossAttnGPTBigCodeForCausalLM.from_pretrained(tmp_path).answer(QUESTIONS, TEXTS[1]) == expected
-
-
-def test_what_cannot_be_answered_is_said(model, tokenizer):
-    with pytest.raises(DsskError, match="has 244 tokens, with 32 new ones more than the model's 256"):
-        model.answer("x" * 224, TEXTS[0], tokenizer)
-    with pytest.raises(ValueError, match="got 2 questions and contexts for 3"):
-        model.answer(QUESTIONS[:2], TEXTS, tokenizer)
-    with pytest.raises(ValueError, match="one answer a question"):
-        model.answer(QUESTIONS[0], TEXTS[0], tokenizer, num_return_sequences=2, num_beams=2)
-    assert model.answer([], [], tokenizer) == []
-    assert model.answer(QUESTIONS[0], TEXTS[0], tokenizer, num_beams=3)
-    assert model.answer(QUESTIONS[0], "long " * 100, tokenizer)  # cut to the model's positions
-
-
-# --- the command -------------------------------------------------------------------------------------------------
+def model(base_path):
+    return loud(base_path)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +37,7 @@ def checkpoint(model, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def library(base_path, tmp_path_factory) -> ContextLibrary:
-    library = ContextLibrary(tmp_path_factory.mktemp("contexts") / "library", base_path, storage_dtype="fp32")
+    library = ContextLibrary(tmp_path_factory.mktemp("contexts") / "library", base_path)
     library.add(TEXTS, ids=["mill", "bridge", "ann"])
     return library
 
@@ -253,7 +149,8 @@ def test_a_checkpoint_whose_base_is_gone_is_one_line(model, tokenizer, tmp_path,
     )
     assert run(answer.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "or the base it names" in line
+    assert "the base of" in line
+    assert "--base_model" in line
 
 
 @pytest.mark.slow
@@ -261,7 +158,8 @@ def test_someone_at_a_terminal_is_asked_and_sees_the_answer_come(checkpoint, lib
     words = [
         sys.executable,
         "-m",
-        "dssk.answer",
+        "dssk",
+        "answer",
         "--checkpoint",
         str(checkpoint),
         "--library",
@@ -293,4 +191,43 @@ def test_questions_can_be_piped_in(command, library, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Piped())
     said = command("--library", library.path, "--max_new_tokens", 4)
     assert said.count("[ann]\n") == 1
+    assert said.count(f"[ann]\n{NOTHING_FOUND}\n") == 1
     assert "Ask" not in said
+
+
+def test_an_answer_says_where_it_is_from_and_first_when_there_is_nothing(
+    command, model, tokenizer, library, tmp_path
+):
+    asked = ["how long is the aston bridge", "zeppelin"]
+    flags = [word for question in asked for word in ("--question", question)]
+    said = command("--library", library.path, *flags, "--max_new_tokens", 8)
+    bridge, alone = model.answer(asked, [TEXTS[1], None], tokenizer, max_new_tokens=8)
+    assert said == f"{bridge}\n[bridge]\n{NOTHING_FOUND}\n{alone}\n"
+    rows = jsonl(tmp_path / "in", [{"question": question} for question in asked])
+    note = command("--library", library.path, "--input", rows, "--max_new_tokens", 2, note=True)
+    assert note.splitlines()[-1] == "dssk: no context found for 1 of 2 questions"
+
+
+@pytest.mark.parametrize("pieces", [[" An", "n \nquestion:", " and\nmore"], ["\n", " Ann \n", "question"]])
+def test_an_answer_that_comes_by_and_by_ends_with_its_line(tokenizer, capsys, pieces):
+    stream = _Stream(tokenizer)
+    for piece in pieces:
+        stream.on_finalized_text(piece)
+    stream.on_finalized_text("", stream_end=True)
+    assert capsys.readouterr().out.strip() == "Ann"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"question": "\\ud800"}',
+        "[" * 100_000,
+        '{"question": "q", "context_id": [[1]]}',
+        "null",
+        '["question"]',
+    ],
+)
+def test_a_line_that_is_no_question_is_named(command, library, tmp_path, line):
+    (tmp_path / "in").write_text(line)
+    (said,) = command("--library", library.path, "--input", tmp_path / "in", code=2).splitlines()
+    assert f"{tmp_path / 'in'}:1: want" in said
