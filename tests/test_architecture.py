@@ -84,7 +84,7 @@ def test_imports_go_one_way():
     ("file", "code"),
     [
         ("store/__init__.py", "from dssk.data import plan"),
-        ("store/format.py", "def f():\n    import dssk.data.plan"),
+        ("store/manifest.py", "def f():\n    import dssk.data.plan"),
         ("errors.py", "from dssk import config"),
         ("utils/files.py", "from dssk import __version__"),
         ("training/run.py", "from dssk.commands.train import main"),
