@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import socket
 import threading
 import time
@@ -16,12 +17,12 @@ from transformers import GPTBigCodeConfig
 from dssk.checkpoint import latest_checkpoint
 from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
-from dssk.errors import DsskError
+from dssk.errors import DsskError, EnvironmentFault
 from dssk.inference.loading import load_base_config
 from dssk.training.deepspeed_config import check_deepspeed_config
 from dssk.training.estimate import estimate, meta_model
 from dssk.training.published import published_config
-from dssk.training.run import build_model
+from dssk.training.run import build_model, choose_experiment
 from dssk.training.wandb_report import WandbReport, answers, check_wandb, wandb_mode
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 from tests.conftest import REPOSITORY, byte_tokenizer, experiment, make_base
@@ -272,3 +273,64 @@ def test_the_report_is_made_on_one_rank_only(tmp_path, wandb_args):
     report = WandbReport(wandb_args(), {}, tmp_path, None)
     report.on_train_begin(None, type("State", (), {"is_world_process_zero": False}), None)
     assert report.run is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_to", "bogus"], "--report_to bogus: no such logger"),
+        (["--report_to", "tensorbord"], "did you mean tensorboard?"),
+        (["--report_to", "clearml"], "--report_to clearml needs its package: pip install clearml"),
+    ],
+)
+def test_a_logger_that_cannot_work_is_refused_before_anything_is_made(run, tmp_path, flags, message):
+    with pytest.raises(DsskError, match=message):
+        run("--steps", "1", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, monkeypatch):
+    monkeypatch.setattr("dssk.training.run.build_model", None)
+    for folder in ("/proc/nope", "/proc/nope/deeper", f"/tmp/{'x' * 300}"):
+        with pytest.raises(EnvironmentFault, match="cannot write"):
+            run("--steps", "1", "-sb", folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("two", "WORLD_SIZE is 'two'"),
+        ("0", "WORLD_SIZE is '0'"),
+        ("2", "WORLD_SIZE is 2 and RANK is not set"),
+    ],
+)
+def test_an_environment_that_is_no_launchers_is_refused(run, monkeypatch, value, message):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(DsskError, match=message):
+        run("--steps", "1")
+
+
+def test_a_grid_says_how_many_experiments_there_are_and_which_is_trained(
+    store_path, base_path, tmp_path, capsys
+):
+    group = {"grid": [experiment(base_path, learning_rate=[1e-3, 2e-3], seed=[0, 1])]}
+    argv = ["-e", "grid", "-sb", str(tmp_path), "--data_path", str(store_path)]
+    chosen = choose_experiment(parse_args(argv), group)
+    assert (chosen["learning_rate"], chosen["seed"]) == (1e-3, 0)
+    assert (
+        "grid has 4 experiments: this trains the first (learning_rate=0.001, seed=0); --set KEY=VALUE chooses "
+        "another, -j submits them all"
+    ) in capsys.readouterr().out
+    chosen = choose_experiment(parse_args([*argv, "--set", "learning_rate=2e-3", "--set", "seed=1"]), group)
+    assert (chosen["learning_rate"], chosen["seed"]) == (2e-3, 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_run_writes_has_the_mode_of_the_umask(run):
+    before = os.umask(0o022)
+    try:
+        folder = run("--steps", "1", "--log_every", "1", "--save_fused", "final,best")
+    finally:
+        os.umask(before)
+    modes = {f.relative_to(folder): f.stat().st_mode & 0o777 for f in folder.rglob("*") if f.is_file()}
+    assert set(modes.values()) == {0o644}, modes

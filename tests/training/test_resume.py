@@ -4,17 +4,24 @@ import json
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dssk import checkpoint
-from dssk.checkpoint import latest_checkpoint, newest_checkpoint, rotate
+from dssk.checkpoint import latest_checkpoint, load_manifest, newest_checkpoint, rotate
+from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError, Locked
+from dssk.inference.fingerprint import model_fingerprint
+from dssk.inference.loading import load_base_config
+from dssk.store import verify as verify_module
+from dssk.training.resume import find_start
 from dssk.training.sampler import EpochSampler
 from dssk.training.state import random_state, set_random_state
 from dssk.utils.files import lock
+from tests.conftest import experiment
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
 
 STEPS = ("--steps", "7", "--log_every", "1")
@@ -68,13 +75,24 @@ def assert_equal_runs(one, other) -> None:
     assert evaluations[0] == evaluations[1]
 
 
-def test_a_run_that_is_done_is_left_as_it_is(run):
+def test_a_run_that_is_done_says_so_and_is_left_as_it_is(run, capsys, monkeypatch):
     folder = run("--steps", "2", "--log_every", "1")
-    before = {f: f.stat().st_mtime_ns for f in folder.glob("checkpoint-*/*")}
+    before = {f: f.stat().st_mtime_ns for f in folder.glob("*/*")}
+    capsys.readouterr()
+    monkeypatch.setattr("dssk.training.run.build_trainer", None)  # nothing is loaded for it
+    run("--steps", "2", "--log_every", "1")
+    said = capsys.readouterr().out
+    assert "finished: step 2 of 2; more --steps go on from there, -r 1 starts afresh" in said
+    assert "resuming" not in said
+    assert {f: f.stat().st_mtime_ns for f in folder.glob("*/*")} == before
     shutil.rmtree(folder / "final")
     run("--steps", "2", "--log_every", "1")
-    assert {f: f.stat().st_mtime_ns for f in folder.glob("checkpoint-*/*")} == before
     assert (folder / "final" / "model.safetensors").exists()
+    file = folder / "final" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # what is damaged is made again
+    run("--steps", "2", "--log_every", "1")
+    assert file.read_bytes() == whole
 
 
 def test_more_steps_go_on_from_the_end_with_other_log_steps(run):
@@ -175,11 +193,53 @@ def test_other_data_is_refused(run, base_path, tmp_path):
         run("--steps", "2", "--log_every", "1", data_path=other)
 
 
-def test_ranks_that_cannot_share_the_global_batch_are_refused(run, monkeypatch):
-    run("--steps", "1", "--log_every", "1", skip_steps=4)
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_ranks_that_cannot_share_the_global_batch_are_refused(run, base_path, monkeypatch):
+    folder = run("--steps", "1", "--log_every", "1", skip_steps=4)
+    cfg = parse_experiment(experiment(base_path, skip_steps=4))
+    facts = load_manifest(folder / "checkpoint-1")
+    args = SimpleNamespace(reset=False, steps=2, data_path="data")
+    assert find_start(folder, args, cfg, facts).skip_steps == 4
+    monkeypatch.setattr("dssk.training.resume.launched", lambda: 3)
     with pytest.raises(DsskError, match="3 ranks cannot share them evenly, want 1 or 2 or 4"):
-        run("--steps", "2", "--log_every", "1", skip_steps=4)
+        find_start(folder, args, cfg, facts)
+
+
+def test_a_base_that_was_replaced_since_is_refused(run, base_path):
+    folder = run("--steps", "1", "--log_every", "1")
+    facts = load_manifest(folder / "checkpoint-1")
+    assert facts["base_fingerprint"] == model_fingerprint(base_path, load_base_config(base_path))
+    args = SimpleNamespace(reset=False, steps=2, data_path="data")
+    cfg = parse_experiment(experiment(base_path))
+    with pytest.raises(DsskError, match="was trained on another base: the weights of .* have changed since"):
+        find_start(folder, args, cfg, facts | {"base_fingerprint": "2:0"})
+
+
+def test_where_to_start_is_decided_under_the_lock(run, monkeypatch):
+    """A run that ends while another one verifies its data must not leave that one with a stale start."""
+    folder = run("--steps", "1", "--log_every", "1")
+    verify, seen = verify_module.check, []
+
+    def check(*args):
+        if not seen:
+            seen.append("first")
+            with pytest.raises(Locked):
+                run("--steps", "3", "--log_every", "1", "--save_total_limit", "1")
+        return verify(*args)
+
+    monkeypatch.setattr("dssk.training.run.verify.check", check)
+    run("--steps", "2", "--log_every", "1")
+    assert seen
+    assert latest_checkpoint(folder) == folder / "checkpoint-2"
+
+
+def test_a_damaged_metrics_file_stops_no_resume(run, capsys):
+    folder = run("--steps", "2", "--log_every", "1")
+    whole = (folder / "metrics.jsonl").read_bytes()
+    damage = [b"\xff\xfe", b'{"loss": 1.0}', b"[1, 2]", b"5", b'{"step": null}', b"[" * 100_000]
+    (folder / "metrics.jsonl").write_bytes(b"\n".join([*damage, whole]) + b'{"step": 3, "lo')
+    run("--steps", "3", "--log_every", "1")
+    assert f"7 damaged lines of {folder / 'metrics.jsonl'} are dropped" in capsys.readouterr().err
+    assert list(losses(folder)) == [1, 2, 3]
 
 
 def test_a_second_run_in_one_folder_stops_at_once_and_names_the_first(run):

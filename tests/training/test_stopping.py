@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dssk.checkpoint import latest_checkpoint
 from dssk.errors import Diverged, EnvironmentFault, Preempted
+from dssk.training.stopping import LeaveTraining
 from dssk.training.trainer import CrossAttnTrainer
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
 
@@ -101,6 +102,76 @@ def load_state(folder) -> dict:
     return json.loads((latest_checkpoint(folder) / "trainer_state.json").read_text())
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch, at, capsys):
+    monkeypatch.setattr("sys.argv", ["/x/trainval.py", "-e", "a group", "-r", "1", "--steps=6", "--reset=1"])
+    at("training_step", 2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Preempted) as caught:
+        run(*STEPS)
+    assert str(caught.value) == (
+        "stopped at step 3, saved: python trainval.py -e 'a group' --steps=6 goes on from there"
+    )
+    assert caught.value.exit_code == 75
+    assert "saving after this step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_what_was_saved_stays(run, at, tmp_path):
+    def press_twice(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at("training_step", 3, press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        run("--steps", "6", "--log_every", "1")
+    (folder,) = (f.parent for f in tmp_path.glob("*/status.json"))
+    assert (status(folder)["state"], status(folder)["code"]) == ("preempted", 130)
+    assert latest_checkpoint(folder).name == "checkpoint-3"
+
+
+def test_a_launcher_repeats_ctrl_c_which_changes_nothing(run, at, monkeypatch):
+    monkeypatch.setattr("dssk.training.stopping.launched", lambda: 2)
+    at("training_step", 2, lambda trainer: [os.kill(os.getpid(), signal.SIGINT) for _ in range(3)])
+    with pytest.raises(Preempted, match="stopped at step 3, saved: the same command goes on from there"):
+        run(*STEPS)
+
+
+def test_early_stopping_saves_ends_and_stays_ended(run, monkeypatch, capsys):
+    scores = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9}
+    monkeypatch.setattr(
+        "dssk.training.answers.AnswerScorer.__call__", lambda self, t: {"f1": scores[t.state.global_step]}
+    )
+    flags = ("--steps", "9", "--log_every", "1", "--generation_eval_samples", "4", "--save_fused", "best")
+    changes = {"early_stopping_patience": 2, "learning_rate": 1e-9}  # the loss stays: F1 decides
+    folder = run(*flags, **changes)
+    assert latest_checkpoint(folder).name == "checkpoint-4"
+    assert status(folder)["state"] == "done"
+    assert json.loads((folder / "best" / "dssk_manifest.json").read_text())["step"] in (2, 4)
+    capsys.readouterr()
+    run(*flags, **changes)
+    assert "finished: stopped early at step 4, after 2 evaluations" in capsys.readouterr().out
+    assert latest_checkpoint(folder).name == "checkpoint-4"
+
+
+def test_an_evaluation_that_is_made_up_for_can_end_the_run(run, monkeypatch, at):
+    scores = {1: 0.5, 2: 0.2, 3: 0.1}
+    flags = ("--steps", "9", "--log_every", "1", "--generation_eval_samples", "4")
+    changes = {"early_stopping_patience": 2, "learning_rate": 1e-9}
+
+    def score(scorer, trainer):
+        if trainer.state.global_step == 3 and not stopped:
+            stopped.append(True)
+            raise LeaveTraining
+        return {"f1": scores[trainer.state.global_step]}
+
+    stopped: list[bool] = []
+    monkeypatch.setattr("dssk.training.answers.AnswerScorer.__call__", score)
+    run(*flags, **changes)  # left in the third evaluation
+    folder = run(*flags, **changes)
+    assert latest_checkpoint(folder).name == "checkpoint-3"
+    assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [1, 2, 3]
+    assert not json.loads((folder / "checkpoint-3" / "training_state.json").read_text())["evaluation_due"]
+
+
 def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(run, at):
     folder = run("--steps", "1", "--log_every", "1")
     at("training_step", 3, lambda trainer: trainer.args.process_index == 1 and terminate(trainer))
@@ -108,6 +179,21 @@ def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(run, at):
     assert codes == [75, 75]
     assert latest_checkpoint(folder).name == "checkpoint-4"
     assert status(folder)["state"] == "preempted"
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_are_not_finite_are_not_saved(run, at, tmp_path, moment):
+    def poison(trainer):
+        state = next(iter(trainer.optimizer.state.values()))
+        state[moment].view(-1)[0] = float("nan")
+
+    at("_save_checkpoint", 3, poison)
+    with pytest.raises(
+        Diverged, match=f"{moment}.* is not finite after step 3: no checkpoint of it is written"
+    ):
+        run("--steps", "6", "--log_every", "1")
+    (folder,) = (f.parent for f in tmp_path.glob("*/status.json"))
+    assert latest_checkpoint(folder).name == "checkpoint-2"
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
