@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dssk.checkpoint import FINAL, checkpoint_folders, checkpoint_step, load_manifest
+from dssk.checkpoint import FINAL, checkpoint_folders, load_manifest
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, DsskError
 from dssk.utils.files import machine_faults, publish_json
@@ -66,13 +66,10 @@ def lock_file(savedir: Path) -> Path:
     return savedir.with_name(f".{savedir.name}.lock")
 
 
-def newest_model_step(savedir: Path) -> int | None:
-    """The optimizer step of the run's final model, else of its newest finished checkpoint; nothing is verified."""
-    for folder in (savedir / FINAL, *checkpoint_folders(savedir)):
-        step = model_step(folder)
-        if step is not None:
-            return step
-    return None
+def newest_model(savedir: Path) -> Path | None:
+    """The run's final model, else its newest finished checkpoint; nothing is verified."""
+    folders = (savedir / FINAL, *checkpoint_folders(savedir))
+    return next((folder for folder in folders if model_step(folder) is not None), None)
 
 
 def model_step(folder: Path) -> int | None:
@@ -155,19 +152,30 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def newest_scores(savedir: Path) -> dict[str, Any]:
-    """The scores of the run's final model (else its newest checkpoint); empty if it was not evaluated.
+    """The scores of the run's newest model; empty if that was not evaluated, or they cannot be read."""
+    newest = newest_model(savedir)
+    try:
+        return scores_of(newest) if newest else {}
+    except DsskError:
+        return {}
 
-    Scores say of which `step` they are. Those that do not are of the model that they lie in, and beside the models
-    of the final one.
+
+def scores_of(model: Path) -> dict[str, Any]:
+    """The scores of a checkpoint or a fused model in a run's folder; empty if it was not evaluated.
+
+    They may lie in the model's folder, in the run's or, as `final` is one of the checkpoints, in the other's. Scores
+    say of which `step` they are; version 0.1's did not: they are of the model they lie in, in a run's folder of the
+    final one.
     """
-    newest = newest_model_step(savedir)
-    found: dict[str, Any] = {}
-    for folder in (savedir, savedir / FINAL, *checkpoint_folders(savedir)):
-        scores = _read_or_empty(folder / SCORES)
-        lies_in = checkpoint_step(folder) if checkpoint_step(folder) >= 0 else newest
-        if not found and scores and scores.get("step", lies_in) == newest:
-            found = scores
-    return found
+    savedir, step = model.parent, model_step(model)
+    for folder in (model, savedir, savedir / f"checkpoint-{step}", savedir / FINAL):
+        scores = read_scores(folder)
+        if (
+            scores
+            and scores.get("step", model_step(savedir / FINAL if folder == savedir else folder)) == step
+        ):
+            return scores
+    return {}
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:

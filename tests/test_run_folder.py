@@ -57,13 +57,12 @@ def test_scores_without_a_step_are_of_the_model_that_they_lie_in(savedir):
     assert em(savedir) == 0.9
 
 
-def test_what_holds_no_scores_is_passed_over(savedir):
+def test_damaged_scores_are_none_in_a_table_and_an_error_where_they_are_asked_for(savedir):
     make_model(savedir / "final", 9)
     (savedir / "scores.json").write_text("[" * 100_000)
-    write_scores(savedir / "final", 0.9)
-    assert em(savedir) == 0.9
+    assert em(savedir) is None
     with pytest.raises(DamagedData, match="scores.json is damaged: it is nested too deeply"):
-        run_folder.read_scores(savedir)
+        run_folder.scores_of(savedir / "final")
 
 
 def test_damaged_lines_of_the_metrics_are_left_out(savedir):

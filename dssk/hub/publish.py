@@ -1,7 +1,5 @@
 """Publishing the model of a run on the Hugging Face Hub: preparing what is uploaded, and uploading it."""
 
-import contextlib
-import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -11,11 +9,11 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dssk.checkpoint import FINAL, verify_checkpoint
-from dssk.errors import DamagedData, Diverged, DsskError, EnvironmentFault
-from dssk.evaluation.evaluate import SCORES, output_folder
+from dssk.checkpoint import verify_checkpoint
+from dssk.errors import Diverged, DsskError, EnvironmentFault
 from dssk.hub.model_card import Origin, hub_name, model_card
 from dssk.inference.loading import find_model, load_model
+from dssk.run_folder import read_metrics, scores_of
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
 from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
@@ -85,9 +83,6 @@ def find_origin(
 ) -> Origin:
     """What is known of a checkpoint: from its manifest, and from the files of its run beside it."""
     folder = find_model(checkpoint)
-    scores = _json(output_folder(str(checkpoint)) / SCORES)
-    if not scores and folder.name == FINAL:
-        scores = _json(folder.parent / SCORES)  # of the run, whose model this is
     data: dict[str, Any] = {}
     if data_path:
         read = load_manifest(data_path)
@@ -102,31 +97,16 @@ def find_origin(
         base_repository=hub_name(base),
         step=manifest.get("step"),
         experiment=manifest.get("experiment", {}),
-        scores=scores,
-        metrics=_metrics(folder.parent / "metrics.jsonl", manifest.get("step")),
+        scores=scores_of(folder),
+        metrics=_measured_at(folder.parent, manifest.get("step")),
         **data,
     )
 
 
-def _metrics(file: Path, step: int | None) -> dict[str, Any]:
+def _measured_at(savedir: Path, step: int | None) -> dict[str, Any]:
     """What was measured at `step`, while training."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row.get("step") == step and "eval_em" in row:
-                    found = row
-    return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DamagedData(f"{file} is not JSON: evaluate again") from error
+    rows = [row for row in read_metrics(savedir) if row["step"] == step and "eval_em" in row]
+    return rows[-1] if rows else {}
 
 
 def check_repository(repository: str) -> None:

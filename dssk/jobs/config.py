@@ -67,8 +67,9 @@ class ToolkitConfig(JobConfig):
     def _no_secrets(cls, value: Any) -> Any:
         for name in _names(value):
             if SECRET.search(name):
+                shown = name if name.isidentifier() else repr(name[:40])
                 raise ValueError(
-                    f"{name[:40]!r} looks like a secret, and a job's specification is no place for one: "
+                    f"{shown} looks like a secret, and a job's specification is no place for one: "
                     "use ./copy_wandb_key.sh or `hf auth login`"
                 )
         return value
@@ -133,6 +134,10 @@ def parse_job_config(
     """The checked entry of `JOB_CONFIG` for a group, or its `default`; every fault is named in one `DsskError`."""
     if scheduler not in CONFIGS:
         raise DsskError(f"--job_scheduler is {scheduler}, want toolkit or slurm")
+    if not isinstance(configs, dict):
+        raise DsskError(
+            f"JOB_CONFIG is a {type(configs).__name__}, want a dict of groups, see dssk/jobs/config.py"
+        )
     name = group if group in configs else DEFAULT_GROUP
     if name not in configs:
         raise DsskError(

@@ -49,7 +49,8 @@ def row_of(
     savedir: Path, exp_dict: dict[str, Any], experiments: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
     """What differs in this experiment, and how far it got."""
-    scores = newest_scores(savedir).get("with_context", {})
+    scores = newest_scores(savedir).get("with_context")
+    scores = scores if isinstance(scores, dict) else {}
     return {
         "exp_id": savedir.name[:8],
         **{key: exp_dict.get(key) for key in differing_keys(list(experiments.values()))},

@@ -87,6 +87,13 @@ def test_slurms_options_are_words_of_their_own():
         ("toolkit", TOOLKIT | {"resources": {"gpu": -1}}, "resources.gpu is -1"),
         ("toolkit", TOOLKIT | {"environment_vars": ["WANDB_API_KEY=1"]}, "WANDB_API_KEY looks like a secret.*copy_"),
         ("toolkit", TOOLKIT | {"environment_vars": ["HF_TOKEN=1"]}, "HF_TOKEN looks like a secret"),
+        ("toolkit", TOOLKIT | {"job_spec": {"environment_vars": ["HF_TOKEN=1"]}}, "HF_TOKEN looks like a secret"),
+        ("toolkit", TOOLKIT | {"job_spec": {"environment_vars": ("A=1", "HF_TOKEN=1")}}, "HF_TOKEN looks like"),
+        ("toolkit", TOOLKIT | {"job_spec": {"environment_vars": {"WANDB_API_KEY": "1"}}}, "WANDB_API_KEY looks"),
+        ("toolkit", TOOLKIT | {"job_spec": {"a": [{"env": frozenset({"X_SECRET=1"})}]}}, "X_SECRET looks like"),
+        ("toolkit", TOOLKIT | {"job_spec": {"env": [{"name": "HF_TOKEN", "value": "1"}]}}, "HF_TOKEN looks like"),
+        ("toolkit", TOOLKIT | {"job_spec": {"env": [b"HF_TOKEN=1"]}}, "job_spec: holds a bytes, want texts"),
+        ("toolkit", TOOLKIT | {"job_spec": {"env": iter(["HF_TOKEN=1"])}}, "job_spec: holds a list_iterator"),
         ("gcp", {}, "--job_scheduler is gcp, want toolkit or slurm"),
     ],
 )  # fmt: skip
@@ -95,6 +102,20 @@ def test_a_faulty_job_configuration_is_one_line(scheduler, config, message):
         parse_job_config(scheduler, "g", {"g": config})
     assert re.search(message, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_secret_passes():
+    spec = {"name": "tokenizer-run", "environment_vars": ["A=tokens"], "resources": {"gpu": 1, "x": None}}
+    assert (
+        parse_job_config("toolkit", "g", {"g": TOOLKIT | {"job_spec": spec}}).spec("ann")["name"]
+        == "tokenizer-run"
+    )
+
+
+@pytest.mark.parametrize("configs", [None, [], "text", {"g": None}, {"g": [1]}])
+def test_a_job_configuration_that_is_no_mapping_is_one_line(configs):
+    with pytest.raises(DsskError, match="JOB_CONFIG"):
+        parse_job_config("slurm", "g", configs)
 
 
 def test_a_missing_job_configuration_names_the_example_to_start_from():

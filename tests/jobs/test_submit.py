@@ -11,9 +11,10 @@ import pytest
 
 from dssk.commands.train import parse_args
 from dssk.config import experiment_id
-from dssk.errors import DamagedData, DsskError
+from dssk.errors import DsskError, EnvironmentFault
 from dssk.jobs import submit as submit_module
-from dssk.jobs.submit import chosen_experiments, submit, with_absolute_paths
+from dssk.jobs.submit import check_experiments, submit, with_absolute_paths
+from dssk.training.run import chosen_experiments
 from tests.conftest import REPOSITORY, experiment
 from tests.jobs.conftest import ACCOUNT, TOOLKIT_JOB, executable, kill_session
 
@@ -155,13 +156,28 @@ def test_the_copy_of_the_code_has_no_dot_file_no_ignored_name_and_no_experiment(
         assert files == ["keep/me.py", "trainval.py"]
 
 
+def test_experiments_in_the_working_directory_itself_are_not_copied_into_themselves(machine):
+    work = Path.cwd()
+    machine.savedir_base = work
+    for name in ("deleted/old/x.py", "keep/me.py"):
+        (work / name).parent.mkdir(parents=True)
+        (work / name).write_text("x")
+    for _ in range(2):
+        machine.submit()
+        machine.wait()
+    for exp_id in IDS:
+        code = work / exp_id / "code"
+        names = sorted(str(file.relative_to(code)) for file in code.rglob("*") if file.is_file())
+        assert [name for name in names if not name.startswith("results.")] == ["keep/me.py", "trainval.py"]
+
+
 def test_another_experiment_stored_under_the_same_id_is_never_replaced(machine):
     savedir = machine.savedir_base / IDS[0]
     savedir.mkdir(parents=True)
     (savedir / "exp_dict.json").write_text(
         json.dumps(EXPERIMENTS[0] | {"seed": "1"})
     )  # haven's hash is the same
-    with pytest.raises(DamagedData, match=r"differs in \['seed'\]"):
+    with pytest.raises(DsskError, match="is another experiment: seed was '1', is 1"):
         machine.submit()
 
 
@@ -192,7 +208,7 @@ def test_a_base_in_a_relative_folder_is_refused_with_the_flag_that_helps(tmp_pat
     (tmp_path / "base").mkdir()
     args = parse_args("-e one -j slurm -sb out --data_path data".split())
     with pytest.raises(DsskError, match=f"use --set model_path={tmp_path}/base"):
-        chosen_experiments(args, {"one": [experiment("base")]})
+        check_experiments(chosen_experiments(args, {"one": [experiment("base")]}))
 
 
 @pytest.mark.parametrize(
@@ -244,3 +260,32 @@ def test_an_unknown_answer_is_one_line(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "go")
     with pytest.raises(DsskError, match="got 'go', want one of run, status, reset, kill, logs"):
         submit_module.ask()
+
+
+@pytest.mark.parametrize("action", ["run", "status", "reset", "kill", "logs"])
+def test_without_slurm_one_line_says_so(tmp_path, monkeypatch, action):
+    pytest.importorskip("haven", reason='haven-ai is not installed: pip install "dssk[haven]"')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = [
+        "-e",
+        "pair",
+        "-j",
+        "slurm",
+        "-sb",
+        str(tmp_path / "out"),
+        "--data_path",
+        "d",
+        "--job_action",
+        action,
+    ]
+    configs = types.SimpleNamespace(JOB_CONFIG={"default": {}}, EAI_ACCOUNT_ID_TO_USER={})
+    with pytest.raises(DsskError, match="squeue is not on PATH: -j slurm runs on a login node"):
+        submit(parse_args(argv), GROUPS, configs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(machine):
+    machine.savedir_base = Path("/proc/nope")
+    with pytest.raises(EnvironmentFault, match="cannot write /proc/nope"):
+        machine.submit()
+    assert not list(machine.jobs.iterdir())

@@ -5,6 +5,7 @@ import runpy
 
 import pytest
 
+from dssk.checkpoint import finish_checkpoint
 from dssk.config import experiment_id
 from dssk.errors import DsskError
 from dssk.jobs.table import find_experiments, main, write_table
@@ -139,3 +140,34 @@ def test_the_notebook_opens_on_the_runs_of_a_savedir(tmp_path, monkeypatch, caps
     (savedir_base / NOTEBOOK).write_text("mine")
     create_notebook(savedir_base, "slurm")
     assert (savedir_base / NOTEBOOK).read_text() == "mine"
+
+
+def test_scores_of_an_older_checkpoint_are_not_shown(tmp_path):
+    savedir = make_run(tmp_path, [{"step": 9, "eval_em": 0.9, "eval_f1": 0.95}])
+    for step in (8, 9):
+        (savedir / f"checkpoint-{step}").mkdir()
+        finish_checkpoint(savedir / f"checkpoint-{step}", {"step": step})
+    (savedir / "checkpoint-8" / "scores.json").write_text('{"with_context": {"em": 0.5, "f1": 0.6}}')
+    (row,) = table_of(tmp_path)
+    assert (row["EM"], row["F1"]) == ("0.9", "0.95")
+    (savedir / "scores.json").write_text('{"with_context": {"em": 0.97, "f1": 0.98}, "step": 9}')
+    (row,) = table_of(tmp_path)
+    assert (row["EM"], row["F1"]) == ("0.97", "0.98")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"[" * 100_000, b'{"with_context": 5}'])
+def test_damaged_files_of_a_run_leave_cells_empty(tmp_path, content):
+    savedir = make_run(tmp_path, [{"step": 5, "loss": 1.0}])
+    (savedir / "final").mkdir()
+    for name in (
+        "status.json",
+        "job_dict.json",
+        "scores.json",
+        "final/scores.json",
+        "final/dssk_manifest.json",
+    ):
+        (savedir / name).write_bytes(content)
+    with (savedir / "metrics.jsonl").open("ab") as file:
+        file.write(content + b'\n{"step": 6, "loss": "x"}\n{"step": 7, "loss": [1]}\n')
+    (row,) = table_of(tmp_path)
+    assert (row["state"], row["step"], row["EM"]) == ("UNKNOWN", "7", "")

@@ -1,7 +1,8 @@
 import pytest
 
 from dssk.errors import DamagedData, DsskError
-from dssk.report.run_files import find_run, read_run
+from dssk.report.run_files import read_run
+from dssk.run_folder import find_run
 from tests.report.conftest import CONTROLS, write, write_lines
 
 

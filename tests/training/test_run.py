@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
 
 from dssk.checkpoint import verify_checkpoint
-from dssk.commands import export as command
+from dssk.commands import export as export_command
 from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError
@@ -90,12 +90,12 @@ def test_export_fuses_a_checkpoint_and_spares_what_is_no_export(
     output = tmp_path / "exported"
     monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(folder), "--output", str(output)])
     for _ in range(2):  # an export may be replaced
-        command.main()
+        export_command.main()
     assert equal_tensors_of_blocks(output, folder / "checkpoint-1")
     for precious in (base_path, folder / "checkpoint-1"):
         monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(folder), "--output", str(precious)])
         with pytest.raises(DsskError, match="exists and is no export"):
-            command.main()
+            export_command.main()
     assert verify_checkpoint(folder / "checkpoint-1")
 
 
