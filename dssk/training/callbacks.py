@@ -56,7 +56,7 @@ class FuseEvery(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
-        command = [sys.executable, "-m", "dssk.export", "--checkpoint", checkpoint]
+        command = [sys.executable, "-m", "dssk", "export", "--checkpoint", checkpoint]
         command += ["--output", f"{checkpoint}/fused"]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)

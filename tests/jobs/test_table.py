@@ -6,9 +6,10 @@ import runpy
 import pytest
 
 from dssk.checkpoint import finish_checkpoint
+from dssk.commands import jobs as command
 from dssk.config import experiment_id
 from dssk.errors import DsskError
-from dssk.jobs.table import find_experiments, main, write_table
+from dssk.jobs.table import find_experiments, write_table
 from tests.conftest import experiment
 
 
@@ -89,10 +90,9 @@ def test_markdown_lines_up_and_survives_a_bar_in_a_value(tmp_path):
     assert "a\\|b" in (tmp_path / "results.md").read_text()
 
 
-def test_the_command_prints_the_table_and_writes_csv_markdown_and_a_plot(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_table_and_writes_csv_markdown_and_a_plot(tmp_path, capsys):
     make_run(tmp_path, [{"step": s, "loss": 3.0 - s, "eval_loss": 2.0, "eval_f1": 0.1 * s} for s in (1, 2)])
-    monkeypatch.setattr("sys.argv", ["table", str(tmp_path)])
-    main()
+    command.main([str(tmp_path)])
     printed = capsys.readouterr().out
     assert printed.startswith("| exp_id")
     assert [
