@@ -16,17 +16,40 @@ from typing import Any
 
 import torch
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from dssk.config import faults
 from dssk.errors import DamagedData, DsskError
 from dssk.utils import files
+from dssk.utils.json_files import read_json
 
 MANIFEST = "dssk_manifest.json"
 WEIGHTS_FILE = "model.safetensors"
 FINAL = "final"  # the fused model at the end of training, below a run's folder
 BEST = "best"  # the fused model of the best checkpoint
 FORMAT_VERSION = 1
+
+
+class _File(BaseModel):
+    num_bytes: int = Field(ge=0)
+    xxh3_128: str
+
+
+class _Manifest(BaseModel):
+    """What is relied on in a manifest; a fused model has no more than `step` and `experiment` of its facts."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    format_version: int
+    files: dict[str, _File]
+    step: int | None = Field(None, ge=0)
+    world_size: int | None = Field(None, ge=1)
+    skip_steps: int | None = Field(None, ge=1)
+    experiment: dict[str, Any] | None = None
+    data: str | None = None
+    base_fingerprint: str | None = None
 
 
 def finish_checkpoint(folder: Path, facts: dict[str, Any]) -> int:
@@ -62,19 +85,23 @@ def _checksum(body: dict[str, Any]) -> str:
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a whole folder. Raises `DamagedData` if there is none, or one that was altered."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        checksum = manifest.pop("checksum")
-        intact = checksum == _checksum(manifest)
-    except FileNotFoundError:
+        manifest = read_json(folder / MANIFEST, dict)
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedData(f"{folder} is unfinished: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        intact = False
-    if not intact:
-        raise DamagedData(f"{folder / MANIFEST} is damaged")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise DamagedData(f"{folder / MANIFEST} is damaged: its checksum is another")
+    try:
+        checked = _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise DamagedData(
+            f"{folder / MANIFEST} is damaged: {faults(error, _Manifest.model_fields)}"
+        ) from None
+    if checked.format_version != FORMAT_VERSION:
         raise DsskError(
-            f"{folder} has format version {manifest['format_version']}, this dssk reads {FORMAT_VERSION}"
+            f"{folder} has format version {checked.format_version}, this dssk reads {FORMAT_VERSION}"
         )
+    if strange := [name for name in checked.files if not files.is_plain(name)]:
+        raise DamagedData(f"{folder / MANIFEST} is damaged: {strange[0]!r} is no name of a file")
     return manifest
 
 

@@ -15,7 +15,8 @@ from dssk.utils.flags import nearest
 
 MAX_FAULTS = 8  # that one message names
 MAX_KEY = 100  # letters of a key that are compared with the known ones
-_short = reprlib.Repr(maxstring=100, maxother=100, maxlong=40).repr
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100  # letters of a value that a message shows
 
 
 class ExperimentConfig(BaseModel):
@@ -129,14 +130,14 @@ def _fault(fault: Any, known: Iterable[str]) -> str:
     key = ".".join(
         str(part) for i, part in enumerate(fault["loc"]) if not i or whole or str(part).isidentifier()
     )
-    shown = key if re.fullmatch(r"[\w.]{1,60}", key) else _short(key)
+    shown = key if re.fullmatch(r"[\w.]{1,60}", key) else _short.repr(key)
     if fault["type"] == "extra_forbidden":
         return f"unknown key {shown}{nearest(key[:MAX_KEY], known)}"
     if fault["type"] == "missing":
         return f"key {shown} is missing"
     if fault["type"] == "value_error":
         return f"{shown}: {fault['ctx']['error']}"
-    return f"{shown} is {_short(fault['input'])}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return f"{shown} is {_short.repr(fault['input'])}, {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def expand_group(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:

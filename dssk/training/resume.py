@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dssk.checkpoint import checkpoint_step, load_manifest, newest_checkpoint
+from dssk.checkpoint import MANIFEST, checkpoint_step, load_manifest, newest_checkpoint
 from dssk.config import ExperimentConfig
-from dssk.errors import DsskError
+from dssk.errors import DamagedData, DsskError
 from dssk.run_folder import differences
 from dssk.training.best import is_exhausted
 from dssk.training.flags import RunArgs
 from dssk.training.state import load_trainer_state
 from dssk.utils.ranks import launched
+
+FACTS = ("step", "experiment", "data", "world_size", "skip_steps")  # of a checkpoint, besides its files
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def find_start(savedir: Path, run: RunArgs, cfg: ExperimentConfig, facts: dict[s
 
 
 def _check_facts(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any], run: RunArgs) -> None:
+    if missing := [name for name in FACTS if manifest.get(name) is None]:
+        raise DamagedData(f"{checkpoint / MANIFEST} is damaged: it says no {missing[0]}")
     if changed := differences(manifest["experiment"], facts["experiment"]):
         raise DsskError(f"{checkpoint} is of another experiment: {changed}; -r 1 starts afresh")
     if manifest["data"] != facts["data"]:

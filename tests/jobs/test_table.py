@@ -39,6 +39,7 @@ def test_a_row_has_what_differs_how_far_it_got_and_the_newest_values(tmp_path):
     (first / "status.json").write_text('{"state": "done", "code": 0}')
     (second / "status.json").write_text('{"state": "preempted", "code": 75}')
     (first / "final").mkdir()
+    finish_checkpoint(first / "final", {"step": 2})
     (first / "final" / "scores.json").write_text(
         '{"with_context": {"em": 0.25, "f1": 0.5}, "no_context": {"em": 0}}'
     )

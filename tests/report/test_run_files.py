@@ -65,7 +65,7 @@ def test_what_is_absent_is_empty_and_a_log_may_be_torn(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("scores.json", "{"), ("scores.json", "[]"), ("predictions.jsonl", "{}\n{"), ("metrics.jsonl", "{\n{}")],
+    [("scores.json", "{"), ("scores.json", "[]"), ("predictions.jsonl", "{}\n{")],
 )
 def test_damaged_files_are_named(tmp_path, name, content):
     write(tmp_path, "exp_dict.json", {})

@@ -80,7 +80,7 @@ def test_skip_steps_overrides_the_files_accumulation_unless_that_is_auto(tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1,}', "is not JSON: line 1, column"),
+        ('{"a": 1,}', "is not JSON: no JSON at line 1, column"),
         ("[1]", "holds a list, want a JSON object"),
         (None, "cannot read the DeepSpeed configuration"),
     ],

@@ -136,7 +136,7 @@ def test_a_launcher_repeats_ctrl_c_which_changes_nothing(run, at, monkeypatch):
 
 
 def test_early_stopping_saves_ends_and_stays_ended(run, monkeypatch, capsys):
-    scores = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.9}
+    scores = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.45, 5: 0.9}
     monkeypatch.setattr(
         "dssk.training.answers.AnswerScorer.__call__", lambda self, t: {"f1": scores[t.state.global_step]}
     )
@@ -145,7 +145,7 @@ def test_early_stopping_saves_ends_and_stays_ended(run, monkeypatch, capsys):
     folder = run(*flags, **changes)
     assert latest_checkpoint(folder).name == "checkpoint-4"
     assert status(folder)["state"] == "done"
-    assert json.loads((folder / "best" / "dssk_manifest.json").read_text())["step"] in (2, 4)
+    assert json.loads((folder / "best" / "dssk_manifest.json").read_text())["step"] == 2
     capsys.readouterr()
     run(*flags, **changes)
     assert "finished: stopped early at step 4, after 2 evaluations" in capsys.readouterr().out
