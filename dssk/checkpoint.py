@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 
 
 class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
     num_bytes: int = Field(ge=0)
     xxh3_128: str
 
