@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dssk.config import faults
 from dssk.errors import DamagedData, DsskError
-from dssk.utils import files
+from dssk.utils import files, hashes
 from dssk.utils.json_files import read_json
 
 MANIFEST = "dssk_manifest.json"
@@ -116,7 +116,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
             raise DamagedData(f"{file} is missing")
         if file.stat().st_size != entry["num_bytes"]:
             raise DamagedData(f"{file} has {file.stat().st_size} bytes, not {entry['num_bytes']}")
-        if files.xxh3_128(file) != entry["xxh3_128"]:
+        if hashes.xxh3_128(file) != entry["xxh3_128"]:
             raise DamagedData(f"{file} is damaged, its checksum is another")
     return manifest
 
