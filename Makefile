@@ -62,6 +62,7 @@ test-slurm: install-test
 test-launchers: install-test
 	$(PIP) -e ".[test,deepspeed]" ninja
 	$(BIN)/python -m tests.faults.launchers
+	$(BIN)/python -m tests.faults.launchers zero3 fsdp2 --family llama
 
 # At most ten minutes each; results go to benchmarks/results/.
 bench-model bench-data bench-train: bench-%: install-test

@@ -1,6 +1,6 @@
-"""Write the fused model of a checkpoint, base and blocks in one.
+"""Write the fused model of a checkpoint, base and blocks in one; or, with --base, the plain base in it.
 
-It loads with `AutoModelForCausalLM.from_pretrained` after `import dssk`. Base weights are those of the base, bit for
+A fused model loads with `AutoModelForCausalLM.from_pretrained` after `import dssk`. Base weights are those of the base, bit for
 bit and in its precision.
 """
 
@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dssk.utils.files import size
 
     quiet_libraries()
-    num_bytes = export(args.checkpoint, args.output, args.base_model)
-    print(f"{args.output}: the fused model, {size(num_bytes)}")
+    num_bytes = export(args.checkpoint, args.output, args.base_model, args.base)
+    print(f"{args.output}: the {'base' if args.base else 'fused model'}, {size(num_bytes)}")
 
 
 def build_parser() -> Parser:
@@ -36,6 +36,11 @@ def build_parser() -> Parser:
         required=True,
         metavar="DIR",
         help="folder to write; it must not exist or be an export",
+    )
+    parser.add_argument(
+        "--base",
+        action="store_true",
+        help="write the plain base model in place of the fused one (default: fused)",
     )
     parser.add_argument("--base_model", type=optional_str, help="where the base is, if it has moved")
     return parser

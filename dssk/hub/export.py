@@ -7,12 +7,17 @@ from dssk.errors import DsskError
 from dssk.inference.loading import find_model, load_model
 
 
-def export(checkpoint: Path, output: Path, base_model: str | None = None) -> int:
-    """Write the fused model of `checkpoint` to the folder `output`, which is new or an earlier export; returns its bytes."""
+def export(checkpoint: Path, output: Path, base_model: str | None = None, base_only: bool = False) -> int:
+    """Write the fused model of `checkpoint` to `output`, a new folder or an earlier export; returns its bytes.
+
+    With `base_only` the plain base is taken out of it instead, as transformers alone can load it.
+    """
     if output.exists() and not _is_export(output):
         raise DsskError(f"--output {output} exists and is no export: want a new folder")
     model, tokenizer = load_model(checkpoint, base_model=base_model)
-    facts = {"fused": True} | _origin(find_model(checkpoint))
+    facts = {"base": True} if base_only else {"fused": True} | _origin(find_model(checkpoint))
+    if base_only:
+        model = model.plain_base()
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     output.parent.mkdir(parents=True, exist_ok=True)
     with write_checkpoint(output, facts, num_bytes):
@@ -23,9 +28,10 @@ def export(checkpoint: Path, output: Path, base_model: str | None = None) -> int
 
 def _is_export(folder: Path) -> bool:
     try:
-        return bool(load_manifest(folder).get("fused"))
+        manifest = load_manifest(folder)
     except DsskError:
         return False
+    return bool(manifest.get("fused") or manifest.get("base"))
 
 
 def _origin(folder: Path) -> dict:

@@ -461,6 +461,24 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         finally:
             self.config.cross_attn_only = was
 
+    def base_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights of the base alone, under its names."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not is_cross_attn(name)}
+
+    def plain_base(self) -> PreTrainedModel:
+        """A plain model of the base's family that shares its weights with this one."""
+        plain_class = next(
+            c
+            for c in type(self).__mro__
+            if issubclass(c, PreTrainedModel) and not issubclass(c, CrossAttnPreTrainedModel)
+        )
+        with torch.device("meta"):
+            plain = plain_class(plain_class.config_class(**self.config.base_dict()))
+        plain.load_state_dict(self.base_state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = self.generation_config
+        return plain
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.base_model_name_or_path = None  # its embeddings are others now

@@ -17,12 +17,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPTBigCodeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dssk.checkpoint import MANIFEST, latest_checkpoint
 from dssk.config import experiment_id
 from dssk.models.modeling import is_cross_attn
-from tests.conftest import REPOSITORY, encode_rows, experiment, make_base, question_rows
+from tests.conftest import (
+    REPOSITORY,
+    VOCAB_SIZE,
+    byte_tokenizer,
+    encode_rows,
+    experiment,
+    make_base,
+    question_rows,
+)
+from tests.families import tiny_base
 from tests.faults.train_faults import equal_runs
 from tests.training.conftest import free_port, losses
 
@@ -32,9 +41,14 @@ MAX_SECONDS = 240
 
 
 class Launchers:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, family: str):
         self.folder = folder
-        self.base = make_base(folder / "base")
+        if family == "gpt_bigcode":
+            self.base = make_base(folder / "base")
+        else:
+            shape = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}
+            self.base = tiny_base(family, folder / "base", **shape)
+            byte_tokenizer().save_pretrained(self.base)
         self.store = encode_rows(self.base, folder, question_rows(48))
         zero3 = json.loads((REPOSITORY / "resources" / "ds_config_zero3.json").read_text())
         zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # cut even the smallest
@@ -113,7 +127,7 @@ class Launchers:
         command = [sys.executable, "-m", "dssk.export", "--checkpoint", str(last), "--output", str(output)]
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
         fused, saved = load_file(output / "model.safetensors"), load_file(last / "model.safetensors")
-        base = dict(GPTBigCodeForCausalLM.from_pretrained(self.base).named_parameters())
+        base = dict(AutoModelForCausalLM.from_pretrained(self.base).named_parameters())
         ids = torch.arange(6, 18).view(2, 6)
         logits = [
             AutoModelForCausalLM.from_pretrained(f)(ids, context_input_ids=ids).logits for f in (output, last)
@@ -135,10 +149,11 @@ def main() -> None:
     parser.add_argument(
         "launchers", nargs="*", default=names, help="python (always), torchrun, zero2, zero3, fsdp2"
     )
+    parser.add_argument("--family", default="gpt_bigcode", help="family of the base (%(default)s)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dssk-launchers-"))
     try:
-        all_of_them = Launchers(folder)
+        all_of_them = Launchers(folder, args.family)
         reference = None
         for name in dict.fromkeys(["python", *args.launchers]):
             try:

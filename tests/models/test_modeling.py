@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, GPTBigCodeForCausalLM
 
+from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.cross_attention import CrossAttnOutput
-from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.models.modeling import hide_tokens, is_cross_attn
 from tests.conftest import fused, make_base
 
