@@ -184,6 +184,26 @@ def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preproc
     load_rows(path)
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_too_and_is_one_line(tmp_path, base_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", rows(4000, questions=1))
+    flags = "--maximum_input_length 256 --batch_size 1 --shard_rows 100 --num_proc 2".split()
+    command = [sys.executable, "-m", "dssk", "preproc", "--embedding_model", str(base_path), *flags]
+    command += ["--data_cache_path", str(tmp_path), "--dataset", str(source)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(tmp_path.glob("processed_data/*/contexts/*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = _workers(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "dssk: interrupted\n")
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
 def _workers(pid: int) -> list[int]:
     """The spawned encoders of a process (it also has a resource tracker)."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
