@@ -94,13 +94,18 @@ def file_fingerprint(path: Path) -> str:
 def _forward_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of a base's family that differ from its defaults, and decide what it computes."""
     family = next(cls for cls in type(config).__mro__ if cls.__module__.startswith("transformers."))
-    defaults = family().to_dict()
-    settings = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in defaults and value != defaults[name] and not _BOOKKEEPING.fullmatch(name)
+    defaults = _without_bookkeeping(family().to_dict())
+    settings = _without_bookkeeping(config.to_dict())
+    differ = {name: settings[name] for name in settings.keys() & defaults if settings[name] != defaults[name]}
+    return {"family": family.model_type, **differ}
+
+
+def _without_bookkeeping(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        str(name): _without_bookkeeping(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if not _BOOKKEEPING.fullmatch(str(name))
     }
-    return {"family": family.model_type, **settings}
 
 
 def _file_digest(path: Path, tied: bool) -> str:

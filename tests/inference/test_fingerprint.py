@@ -10,10 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dssk
 from dssk.errors import DamagedData, DsskError
 from dssk.inference import fingerprint
 from dssk.inference.fingerprint import fingerprint_v01, is_model, model_fingerprint
 from tests.conftest import fused, make_base
+from tests.families import tiny_base, tiny_config
 
 V01 = Path(__file__).parent.parent / "v01"
 
@@ -38,6 +40,17 @@ def test_a_model_saved_otherwise_is_the_same(base_path, copy, tmp_path):
     for final_layer in (False, True):
         fused(base_path, cross_attn_final_layer=final_layer).save_pretrained(tmp_path / "fused")
         assert of(tmp_path / "fused") == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3_moe", "gemma3_text", "mpt", "mamba"])
+def test_a_fused_model_of_every_family_is_its_base(tmp_path, name):
+    base = tiny_base(name, tmp_path / "base")
+    made = dssk.from_base(base, num_cross_attn_layers=1, cross_attn_layers_stride=1)
+    made.save_pretrained(tmp_path / "fused")
+    assert of(tmp_path / "fused") == of(base) == model_fingerprint(base, made.config)
+    config = AutoConfig.from_pretrained(base)
+    assert model_fingerprint(base, tiny_config(name, vocab_size=65)) != of(base)
+    assert model_fingerprint(base, config) == of(base)
 
 
 def test_files_of_the_hub_may_hold_what_can_be_computed_and_name_no_decoder(copy):
