@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,8 @@ from dssk.models.modeling import CrossAttnForCausalLM
 from exp_configs import BASE_CONFIG
 
 pytest_plugins = ["tests.browser"]
+
+ELSEWHERE = "Slurm's tests: make test-slurm; every launcher: make test-launchers"
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -149,3 +152,16 @@ def run_command(monkeypatch, capsys):
         return said.err if code else said.out
 
     return run_command
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The very last line: what was not tested here, why, and how to have it tested."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "no reason"
+        for report in reporter.stats.get("skipped", [])
+    )
+    skipped = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common()) or "none"
+    reporter.write_line(f"skipped: {skipped}. Not part of this: {ELSEWHERE}.")

@@ -1,0 +1,106 @@
+"""The README's commands, pasted in order into one shell after `make demo`, work."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+DEMO = "runs/demo/seed-0"
+
+
+def blocks() -> str:
+    """Every block of shell in the README, as one script."""
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a script where a clone would be, in which nothing but bash's own words and dssk can be found."""
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
+    for name, words in (("python", f"{sys.executable}"), ("dssk", f"{sys.executable} -m dssk")):
+        (binaries / name).write_text(f'#!/bin/bash\nexec {words} "$@"\n')
+        (binaries / name).chmod(0o755)
+    for name in ("exp_configs.py", "job_configs.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    environment = {
+        **os.environ,
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def shell(script: str) -> str:
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return shell
+
+
+def demo_commands() -> str:
+    """What `make demo` runs, as small as it can be."""
+    recipe = re.search(r"^demo: install\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    script = (
+        recipe.replace("$(BIN)/", "").replace("$(TOY)", DEMO).replace("$(SEED)", "0").replace("\t@", "\t")
+    )
+    for flag, small in (("--steps 800 --log_every 200", "--steps 2 --log_every 2"), ("--dataset toy", "")):
+        assert flag in script
+        script = script.replace(flag, small) if small else script
+    script = script.replace("dssk base ", "dssk base --steps 0 ")
+    script = script.replace("dssk preproc ", "dssk preproc --max_examples 80 ")
+    return script.replace("dssk evaluate ", "dssk evaluate --max_questions 20 ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_readme_pasted_after_the_demo_works(shell, tmp_path):
+    said = shell(f"source .venv/bin/activate\n{demo_commands()}")
+    run = next((tmp_path / DEMO / "runs").glob("*/final")).parent
+    assert (run / "scores.json").exists()
+    assert "right_beats_wrong" in (run / "scores.json").read_text()
+    following = [line.split("#")[0].split()[:2] for line in said.partition("Next:\n")[2].splitlines()]
+    assert following == [
+        ["source", ".venv/bin/activate"],
+        ["dssk", "report"],
+        ["dssk", "answer"],
+        ["make", "compare"],
+    ]
+
+    said = shell(blocks())
+    assert str(run / "report.html") in f"{tmp_path}/{said.split('report.html')[0].split()[-1]}report.html"
+    assert "No scores yet" not in (run / "report.html").read_text()
+    assert len(list((tmp_path / "runs" / "mine").glob("*/scores.json"))) == 1
+    assert "amber-falls" in said
+
+
+def test_every_command_that_the_readme_names_exists():
+    from dssk.__main__ import VERBS
+
+    texts = [README, *(file.read_text() for file in (REPOSITORY / "docs").glob("*.md")), MAKEFILE]
+    named = {
+        verb for text in texts for verb in re.findall(r"(?:^|`|/|-m |&& )dssk ([a-z_]+)", text, re.MULTILINE)
+    }
+    assert named <= set(VERBS)
+    assert {"preproc", "train", "evaluate", "answer", "library", "report", "compare"} <= named
+
+
+def test_every_file_that_the_documents_link_to_exists():
+    for file in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", file.read_text()):
+            assert (file.parent / link).exists(), f"{file.name} links to {link}"
