@@ -12,7 +12,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from common import SIZES, Results, interleaved, random_base
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from dssk.commands import preproc
 from dssk.data import encode as encoding
@@ -28,17 +30,21 @@ from dssk.data.collate import Collator
 from dssk.data.preprocess import prepare
 from dssk.inference.batching import length_mask, pad_tokens
 from dssk.inference.encoding import encode
+from dssk.inference.tokenizer import load_tokenizer, tokenize_answer, tokenize_question
 from dssk.research.make_base import make_tokenizer
 from dssk.store.dataset import load_rows
 from dssk.store.opening import load_manifest
+from dssk.utils import files, hashes
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
 
 MEDIAN_TOKENS, SIGMA, MAXIMUM_TOKENS = 150, 1.0, 2000
 HIDDEN_SIZE = SIZES["SMALL"]["n_embd"]
 ENCODE_BATCH_SIZE, READ_BATCH_SIZE = 8, 4
-NUM_ENCODED, NUM_READ = 256, 96
+NUM_ENCODED, NUM_EQUAL, NUM_READ = 256, 64, 96
+QUESTION, ANSWER = "when did bon dal fest meet ren in the last gul", "bon dal"
 MEMORY_SHARD, SMALL_STORE, LARGE_STORE = 20, 120, 1200
+HASHED_BYTES = 1 << 28
 ROUNDS = 3
 WORDS = [a + b + c for a in "bdfglmnprst" for b in "aeiou" for c in ("n", "l", "st", "ra")]
 
@@ -80,14 +86,30 @@ def preprocess(command_line: list[str]) -> Path:
 
 
 def bench_encoding(results: Results, folder: Path) -> None:
-    """The encoder, writing included, against the bare forward on its own batches and on batches in row order."""
-    args = preproc.build_parser().parse_args(flags(folder, draw_lengths(NUM_ENCODED), "bf16"))
+    """The encoder, writing included, against the bare forward on its own batches and on batches in row order.
+
+    Order pays by the padding that it saves: with contexts of one length there is none to save.
+    """
+    lengths = draw_lengths(NUM_ENCODED)
+    rates, settings = encoding_rates(folder, lengths, "bf16")
+    for row, reference in (("encode_vs_bare", "bare"), ("encode_vs_row_order", "rows")):
+        ratio = rates["ours"] / rates[reference]
+        results.add(row, rates["ours"], rates[reference], ratio, "tokens/s", **settings)
+    equal = np.full(NUM_EQUAL, round(lengths.mean()))
+    rates, settings = encoding_rates(folder, equal, "equal")
+    ratio = rates["ours"] / rates["rows"]
+    results.add("encode_equal_lengths", rates["ours"], rates["rows"], ratio, "tokens/s", **settings)
+
+
+def encoding_rates(folder: Path, lengths: np.ndarray, output: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Tokens a second of ours, of the bare forward on our batches, and on batches in row order; and the settings."""
+    args = preproc.build_parser().parse_args(flags(folder, lengths, output))
     with contextlib.ExitStack() as locks:
-        job = prepare(args, locks, Ranks(0, 1, 0))
+        job = prepare(preproc.to_request(args), locks, Ranks(0, 1, 0))
     assert job is not None
     model = encoding.load_model(job, 0)
     shards = range(len(job.plan.shards))
-    batches = [batch.input_ids for index in shards for batch in encoding.batches(job, index)]
+    batches = [batch.input_ids for index in shards for batch, _ in encoding.batches(job, index)]
     contexts = [ids for batch in batches for ids in batch]
     random.Random(1).shuffle(contexts)  # as they come in a source
     starts = range(0, len(contexts), ENCODE_BATCH_SIZE)
@@ -96,7 +118,7 @@ def bench_encoding(results: Results, folder: Path) -> None:
         for index in shards:
             encoding.encode_shard(job, index, model, lambda num_tokens: None)
 
-    def forward(batches: list[list[list[int]]]) -> Callable[[], None]:
+    def forward(batches: Sequence[Sequence[list[int]]]) -> Callable[[], None]:
         inputs = [(pad_tokens(ids, 0), length_mask([len(row) for row in ids])) for ids in batches]
 
         def run() -> None:
@@ -108,10 +130,7 @@ def bench_encoding(results: Results, folder: Path) -> None:
     calls = {"ours": ours, "bare": forward(batches)}
     calls["rows"] = forward([contexts[start : start + ENCODE_BATCH_SIZE] for start in starts])
     rates = {name: job.plan.counts.tokens / s for name, s in interleaved(calls, ROUNDS).items()}
-    settings = {"contexts": len(contexts), "tokens": job.plan.counts.tokens, "batch": ENCODE_BATCH_SIZE}
-    for row, reference in (("encode_vs_bare", "bare"), ("encode_vs_row_order", "rows")):
-        ratio = rates["ours"] / rates[reference]
-        results.add(row, rates["ours"], rates[reference], ratio, "tokens/s", **settings)
+    return rates, {"contexts": len(contexts), "tokens": job.plan.counts.tokens, "batch": ENCODE_BATCH_SIZE}
 
 
 def bench_bytes(results: Results, folder: Path) -> None:
@@ -124,36 +143,65 @@ def bench_bytes(results: Results, folder: Path) -> None:
         text = sum(
             len(context.encode()) for context in datasets.load_from_disk(str(path / "contexts"))["context"]
         )
-        files = sum(segment.num_bytes for segment in manifest.segments)
+        stored = sum(segment.num_bytes for segment in manifest.segments)
         num_values = manifest.counts.tokens * HIDDEN_SIZE
-        ours = (files - text) / num_values
-        settings = {"with_text": round(files / num_values, 4), "hidden_size": HIDDEN_SIZE}
+        ours = (stored - text) / num_values
+        settings = {"with_text": round(stored / num_values, 4), "hidden_size": HIDDEN_SIZE}
         results.add(
             f"bytes_per_value_{storage_dtype}", ours, reference, ours / reference, "bytes/value", **settings
         )
+
+
+# --- checking ---------------------------------------------------------------------------------------------------
+
+
+def bench_hashing(results: Results, folder: Path) -> None:
+    """What reading a file whole costs the first time, beside plain reading, and the second time."""
+    path = folder / "bytes"
+    path.write_bytes(np.random.default_rng(0).bytes(HASHED_BYTES))
+    settings = {"bytes": HASHED_BYTES, "from": "the page cache"}
+
+    def plain() -> None:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+
+    seconds = interleaved({"hash": lambda: files.xxh3_128(path), "plain": plain}, rounds=5)
+    speed = {name: HASHED_BYTES / taken / 1e9 for name, taken in seconds.items()}
+    results.add("hashing", speed["hash"], speed["plain"], speed["hash"] / speed["plain"], "GB/s", **settings)
+    time.sleep(3)  # a file that was just written is not remembered
+    hashes.xxh3_128(path)
+    again = interleaved({"again": lambda: hashes.xxh3_128(path)}, rounds=5)["again"]
+    results.add("hashing_again", again, seconds["hash"], seconds["hash"] / again, "s", **settings)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
 class Examples(NamedTuple):
-    """Rows as examples for the collator; the question is tokenized already."""
+    """Rows as examples for the collator; without a tokenizer, questions and answers are tokenized already."""
 
     rows: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        states = self.rows[index]["encoder_hidden_states"]
-        return {"input_ids": [5] * 16, "labels": [5] * 16, "encoder_hidden_states": states}
+        row = self.rows[index]
+        ids = [5] * 16
+        if self.tokenizer:
+            ids = tokenize_question(self.tokenizer, QUESTION) + tokenize_answer(self.tokenizer, ANSWER)
+        return {"input_ids": ids, "labels": ids, "encoder_hidden_states": row["encoder_hidden_states"]}
 
 
 def bench_reading(results: Results, folder: Path) -> None:
-    """Shuffled rows through the loader and the collator: ours, and nested lists with `with_format("torch")`."""
-    ours = load_rows(preprocess(flags(folder, draw_lengths(NUM_ENCODED), "bf16")))["train"].select(
-        range(NUM_READ)
-    )
+    """Shuffled rows through the loader and the collator: ours, and nested lists with `with_format("torch")`.
+
+    Once the states alone, and once as training reads them: with a question and an answer that are tokenized.
+    """
+    path = preprocess(flags(folder, draw_lengths(NUM_ENCODED), "bf16"))
+    ours = load_rows(path)["train"].select(range(NUM_READ))
     nested = datasets.Dataset.from_generator(
         lambda: ({"encoder_hidden_states": row["encoder_hidden_states"].float().tolist()} for row in ours),
         cache_dir=str(folder / "cache"),
@@ -161,11 +209,11 @@ def bench_reading(results: Results, folder: Path) -> None:
     nested.save_to_disk(folder / "nested")
     reference = datasets.load_from_disk(str(folder / "nested")).with_format("torch")
 
-    def read(rows: datasets.Dataset) -> Callable[[], None]:
+    def read(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[], None]:
         def run() -> None:
             order = torch.Generator().manual_seed(0)
             loader = DataLoader(
-                Examples(rows),  # type: ignore[arg-type]
+                Examples(rows, tokenizer),  # type: ignore[arg-type]
                 batch_size=READ_BATCH_SIZE,
                 shuffle=True,
                 generator=order,
@@ -176,18 +224,17 @@ def bench_reading(results: Results, folder: Path) -> None:
 
         return run
 
-    seconds = interleaved({"ours": read(ours), "nested": read(reference)}, ROUNDS)
-    rates = {name: NUM_READ / s for name, s in seconds.items()}
     tokens = sum(len(row["encoder_hidden_states"]) for row in ours) / NUM_READ
     settings = {"rows": NUM_READ, "batch": READ_BATCH_SIZE, "mean_tokens": round(tokens)}
-    results.add(
-        "read_vs_nested",
-        rates["ours"],
-        rates["nested"],
-        rates["ours"] / rates["nested"],
-        "rows/s",
-        **settings,
-    )
+    for row, tokenizer in (
+        ("read_vs_nested", None),
+        ("read_and_tokenize_vs_nested", load_tokenizer(folder / "SMALL")),
+    ):
+        seconds = interleaved({"ours": read(ours, tokenizer), "nested": read(reference, tokenizer)}, ROUNDS)
+        rates = {name: NUM_READ / s for name, s in seconds.items()}
+        results.add(
+            row, rates["ours"], rates["nested"], rates["ours"] / rates["nested"], "rows/s", **settings
+        )
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -232,6 +279,7 @@ def bench_memory(results: Results, folder: Path) -> None:
 BENCHMARKS = {
     "encoding": bench_encoding,
     "bytes": bench_bytes,
+    "hashing": bench_hashing,
     "reading": bench_reading,
     "memory": bench_memory,
 }

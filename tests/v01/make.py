@@ -75,9 +75,8 @@ def main() -> None:
             prompt, encoder_hidden_states=states, max_new_tokens=8, do_sample=False, pad_token_id=4
         )
     save_file(expected, "expected.safetensors")
-    for name in ("rows.jsonl", "processed_data", "runs"):
-        path = Path(name)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("processed_data", "runs"):
+        shutil.rmtree(name)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dssk.commands import preproc
+from dssk.errors import DsskError
 from dssk.inference.loading import load_model
 from dssk.store import verify
 from dssk.store.dataset import load_rows
-from dssk.store.opening import check_model, load_manifest
 from dssk.store.library import ContextLibrary
+from dssk.store.opening import check_model, load_manifest
+from tests.conftest import VOCAB_SIZE
 
 V01 = Path(__file__).parent
 
@@ -39,6 +42,21 @@ def test_a_store(v01, expected):
             assert torch.equal(row["encoder_hidden_states"], expected[f"store/{split}/{row['context']}"])
     verify.check(v01 / "store")
     check_model(load_manifest(v01 / "store"), v01 / "base")
+
+
+def test_a_finished_store_is_used_again_and_another_model_refused(v01, monkeypatch, capsys):
+    (v01 / "processed_data").mkdir()
+    shutil.move(v01 / "store", v01 / "processed_data" / "base")
+    monkeypatch.chdir(v01)
+    flags = "--dataset rows.jsonl --embedding_model base --data_cache_path . --maximum_input_length 64"
+    flags += " --val_fraction 0.3 --shard_rows 4"
+    preproc.main(flags.split())
+    assert "used again" in capsys.readouterr().out
+    model = load_file(v01 / "base" / "model.safetensors")
+    model["transformer.wte.weight"][VOCAB_SIZE // 2] += 1  # covered by what 0.1 looked at
+    save_file(model, v01 / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DsskError, match="model_fingerprint"):
+        preproc.main(flags.split())
 
 
 def test_a_store_that_is_opened_as_a_library(v01, expected):
