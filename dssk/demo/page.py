@@ -12,19 +12,28 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from dssk import prompts
 from dssk.errors import DsskError
-from dssk.evaluation.attention import attend, token_texts
-from dssk.inference.answering import encode_texts, tokenize_context
-from dssk.inference.base import kv_cache_values
-from dssk.inference.loading import load_model
+from dssk.evaluation.attention import attend, context_texts
+from dssk.inference.encoding import Encoder
+from dssk.inference.generation import context_batch, generate_batch
+from dssk.inference.loading import FusedModel, device, load_model
+from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
+from dssk.inference.timing import Clock, wait_for
+from dssk.inference.tokenizer import tokenize_context, tokenize_question_after_context
 from dssk.models.cross_attention import ProjectedContext
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.shapes import kv_cache_values, window
 from dssk.utils.files import size
 
 VISIT_SECONDS = 3600  # that a context is kept for its visitor
+MAX_VISITS = 100  # whose contexts are kept
+MAX_TEXT_CHARACTERS, MAX_QUESTION_CHARACTERS = 100_000, 2_000  # one visitor's text holds up all others
+MAX_REQUEST_BYTES = 1_000_000
+ACCEPTED = (
+    "/gradio_api/queue/join",
+    "/gradio_api/cancel",
+    "/gradio_api/reset",
+)  # all that is ever sent to it
 WARM_UP = "What comes first is slow: it allocates, and picks kernels."
 
 
@@ -56,79 +65,79 @@ class Answered:
 class Reader:
     """The model behind the page."""
 
-    def __init__(self, model: CrossAttnGPTBigCodeForCausalLM, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: FusedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
         self.answer("?", self.encode(WARM_UP))
 
     def encode(self, text: str) -> Encoded:
-        """Read a context, once for all questions. Raises `DsskError` if there is nothing in it."""
-        text = text.strip()
-        if not text:
-            raise DsskError("there is no text: paste one")
+        """Read a context, once for all questions. Raises `DsskError` for none, and for one that takes too long."""
+        text = _bounded(text, "text", MAX_TEXT_CHARACTERS)
         start = time.perf_counter()
-        (states,) = encode_texts(self.model, self.tokenizer, [text])
-        projected = self.model.project_context(states[None])
-        self._wait()
+        (states,) = Encoder(self.model, self.tokenizer).encode([text])
+        with torch.no_grad():
+            projected = context_batch(self.model, [states])["context"]
+        wait_for(self.model.device)
         seconds = time.perf_counter() - start
-        pieces = token_texts(self.tokenizer, prompts.context(text))[: len(states)]
-        return Encoded(text, pieces, states, projected, len(tokenize_context(self.tokenizer, text)), seconds)
+        pieces = context_texts(self.tokenizer, text)
+        return Encoded(text, pieces[: len(states)], states, projected, len(pieces), seconds)
 
     def answer(self, question: str, context: Encoded) -> Answered:
         """Answer from a context, and prompt the base with the same to compare the time."""
-        question = question.strip()
-        if not question:
-            raise DsskError("there is no question: type one")
-        clock = _Clock(self._wait)
+        question = _bounded(question, "question", MAX_QUESTION_CHARACTERS)
+        clock = Clock(self.model.device)
         text = self.model.answer(question, context.projected, self.tokenizer, streamer=clock)
-        times = clock.first_token_seconds, clock.seconds
+        times = clock.first_token, clock.last_token
         weights = [0.0] * len(context.pieces)
         if text:
             attention = attend(self.model, self.tokenizer, question, text, context.states)
             weights = attention.of_answer().mean((0, 1)).tolist()
-        return Answered(text, weights, *times, self._prompted(question, context, clock.tokens))
+        return Answered(text, weights, *times, self._prompted(question, context, clock.num_tokens))
 
     def _prompted(self, question: str, context: Encoded, new_tokens: int) -> tuple[float, float] | None:
         """Seconds to the first and to the last of as many tokens of the base; None if the text does not fit into it."""
-        text = "".join(context.pieces) + prompts.question_after_context(question)
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        if ids.shape[1] + new_tokens > self.model.config.max_position_embeddings:
+        tokens = tokenize_context(self.tokenizer, context.text)[: len(context.states)]
+        tokens += tokenize_question_after_context(self.tokenizer, question)
+        if len(tokens) + new_tokens > window(self.model.config):
             return None
-        clock = _Clock(self._wait)
-        self.model.generate(
-            ids.to(self.model.device),
-            attention_mask=torch.ones_like(ids).to(self.model.device),
-            streamer=clock,
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
+        clock = Clock(self.model.device)
+        generate_batch(
+            self.model, self.tokenizer, [tokens], new_tokens, min_new_tokens=new_tokens, streamer=clock
         )
-        return clock.first_token_seconds, clock.seconds
-
-    def _wait(self) -> None:
-        """Until the device has done what it was told."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        return clock.first_token, clock.last_token
 
 
-class _Clock(BaseStreamer):
-    """Counts and times the tokens that are generated."""
+def _bounded(text: str, what: str, characters: int) -> str:
+    text = text.strip()
+    if not text:
+        raise DsskError(f"there is no {what}: {'paste' if what == 'text' else 'type'} one")
+    if len(text) > characters:
+        raise DsskError(
+            f"the {what} has {len(text):,} characters, this page takes {characters:,}: shorten it"
+        )
+    return text
 
-    def __init__(self, wait):
-        self._wait = wait
-        self._start = time.perf_counter()
-        self.tokens = -1  # the prompt comes first
-        self.first_token_seconds = self.seconds = 0.0
 
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += 1
-        self._wait()
-        self.seconds = time.perf_counter() - self._start
-        if self.tokens == 1:
-            self.first_token_seconds = self.seconds
+class Gate:
+    """Lets a browser do what the page needs, and nothing else that gradio serves: no file can be left here."""
 
-    def end(self) -> None:
-        pass
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        length = headers.get(b"content-length", b"")
+        if scope["path"].rstrip("/") not in ACCEPTED:
+            status = 403
+        elif not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
+            status = 413
+        else:
+            await self.app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def build_page(reader: Reader) -> Any:
@@ -182,18 +191,20 @@ def import_gradio() -> Any:
     return gradio
 
 
-def describe(context: Encoded, model: CrossAttnGPTBigCodeForCausalLM) -> str:
+def describe(context: Encoded, model: FusedModel) -> str:
     """One line: what was read, how long it took, and what keeping it takes."""
     config, tokens = model.config, len(context.states)
     read = (
         f"{tokens} tokens" if tokens == context.tokens else f"the first {tokens} of {context.tokens} tokens"
     )
-    kept, cache = (
-        tokens * values * torch.bfloat16.itemsize for values in (config.n_embd, kv_cache_values(config))
+    kept = tokens * encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
+    cache = tokens * kv_cache_values(config) * torch.bfloat16.itemsize
+    times = (
+        f"{cache / kept:.1f} times as much" if cache > kept else "no more: a deeper base keeps more of them"
     )
     return (
         f"Encoded {read} in {context.seconds:.3f} s: {size(kept)} to keep in bfloat16; "
-        f"the base's keys and values of them would be {size(cache)}."
+        f"the base's keys and values of them would be {size(cache)}, {times}."
     )
 
 
@@ -224,6 +235,8 @@ def highlight(context: Encoded, answered: Answered) -> str:
 
 def launch(page: Any, host: str, port: int, block: bool = True) -> str:
     """Serve the page and say where; returns that address, when it ends if `block`."""
+    from starlette.middleware import Middleware
+
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -233,6 +246,8 @@ def launch(page: Any, host: str, port: int, block: bool = True) -> str:
             quiet=True,
             footer_links=[],
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [Middleware(Gate)]},
+            state_session_capacity=MAX_VISITS,
         )
     except OSError as error:
         raise DsskError(f"cannot listen on {host}, port {port}: choose another --port") from error
@@ -243,8 +258,9 @@ def launch(page: Any, host: str, port: int, block: bool = True) -> str:
 
 
 def serve(checkpoint: str, host: str, port: int) -> None:
-    """Load a model and serve the page until someone ends it."""
+    """What `dssk demo` does; the arguments are its flags."""
+    if not 1 <= port <= 65535:
+        raise DsskError(f"--port is {port}, want 1 to 65535")
     import_gradio()
-    model, tokenizer = load_model(checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(checkpoint, device=device())
     launch(build_page(Reader(model, tokenizer)), host, port)
