@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import IntervalStrategy
 
 from dssk.checkpoint import BEST, FINAL, checkpoint_step, latest_checkpoint, verify_checkpoint
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
@@ -108,6 +109,8 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
         check_repository(run.push_to_hub)
     manifest = load_manifest(run.data_path)
     check_model(manifest, cfg.model_path)
+    if not manifest.counts.rows["val"]:
+        check_without_val(cfg)
     if cfg.include_context_ids:
         check_context_ids(cfg, load_tokenizer(cfg.model_path))
     base = load_base_config(cfg.model_path)
@@ -122,6 +125,23 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
             f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {window(base)} tokens"
         )
     return manifest
+
+
+def check_without_val(cfg: ExperimentConfig) -> None:
+    """Refuse what needs evaluations: there are none without rows in `val`."""
+    needing = [
+        *(
+            ["lr_scheduler_type reduce_lr_on_plateau"]
+            if cfg.lr_scheduler_type == "reduce_lr_on_plateau"
+            else []
+        ),
+        *(["early_stopping_patience"] if cfg.early_stopping_patience is not None else []),
+    ]
+    if needing:
+        raise DsskError(
+            f"{needing[0]} looks at the loss on val, and the data have no rows there: set another one, or preprocess "
+            "with --val_dataset or a larger --val_fraction"
+        )
 
 
 def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
@@ -156,8 +176,10 @@ def build_trainer(
             distinct_contexts(rows["train"], tokenizer, cfg.context_size),
             cfg.seed,
         )
+    if not len(rows["val"]):
+        arguments.eval_strategy = IntervalStrategy.NO
     scorer = None
-    if run.generation_eval_samples:
+    if run.generation_eval_samples and len(rows["val"]):
         scorer = AnswerScorer(rows["val"], tokenizer, cfg.test_batch_size, run.generation_eval_samples)
     trainer = CrossAttnTrainer(
         model=model,

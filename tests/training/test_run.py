@@ -16,7 +16,7 @@ from dssk.inference.loading import load_model
 from dssk.models.modeling import is_cross_attn
 from dssk.store.dataset import load_rows
 from dssk.training.run import train
-from tests.conftest import experiment, make_base
+from tests.conftest import encode_rows, experiment, make_base, question_rows
 from tests.hub import model_hub
 from tests.training.conftest import command, logged, losses, runs_in, torchrun, weights
 
@@ -97,6 +97,19 @@ def test_export_fuses_a_checkpoint_and_spares_what_is_no_export(
         with pytest.raises(DsskError, match="exists and is no export"):
             export_command.main()
     assert verify_checkpoint(folder / "checkpoint-1")
+
+
+def test_data_without_val_train_without_evaluations(run, base_path, tmp_path_factory):
+    store = encode_rows(base_path, tmp_path_factory.mktemp("data"), question_rows(12), "--val_fraction", "0")
+    folder = run("--steps", "2", "--log_every", "1", "--generation_eval_samples", "4", data_path=store)
+    assert (folder / "checkpoint-2").is_dir()
+    assert not any("eval_loss" in entry for entry in logged(folder))
+    with pytest.raises(
+        DsskError, match="reduce_lr_on_plateau looks at the loss on val, and the data have no rows"
+    ):
+        run("--steps", "2", data_path=store, lr_scheduler_type="reduce_lr_on_plateau")
+    with pytest.raises(DsskError, match="early_stopping_patience looks at the loss on val"):
+        run("--steps", "2", data_path=store, early_stopping_patience=1)
 
 
 def test_training_lowers_the_loss(run):
