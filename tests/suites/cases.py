@@ -5,7 +5,12 @@ import unittest
 import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 from transformers_suite.generation.test_utils import GenerationTesterMixin
 from transformers_suite.test_modeling_common import ModelTesterMixin, ids_tensor
 
@@ -72,7 +77,13 @@ def _case(variant, model_type):
     fields = VARIANTS[variant]
     config_class = CONFIG_MAPPING[model_type]
     plain = (MODEL_MAPPING[config_class], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
-    classes = plain if fields is None else (family(model_type).backbone, family(model_type).causal_lm)
+    if fields is None:
+        classes = plain
+    else:
+        classes = (family(model_type).backbone, family(model_type).causal_lm)
+        # The tests tell by a class's name which inputs and labels it takes.
+        MODEL_MAPPING_NAMES[f"dssk_{model_type}"] = classes[0].__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"dssk_{model_type}"] = classes[1].__name__
 
     def set_up(self):
         self.model_tester = Tester(self, model_type, fields, variant == "Reading")

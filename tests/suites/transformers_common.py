@@ -36,8 +36,8 @@ def main() -> int:
     folder = suite_folder()
     with tempfile.TemporaryDirectory() as temp:
         report = Path(temp) / "report.xml"
-        command = [sys.executable, "-m", "pytest", CASES, "-q", "--noconftest", "-o", "addopts=", "-n", "2", "--no-header", "--tb=line", "-p",
-                   "no:cacheprovider", f"--junitxml={report}", *sys.argv[1:]]  # fmt: skip
+        options = ["-q", "--noconftest", "-o", "addopts=", "-n", "2", "--no-header", "--tb=line"]
+        command = [sys.executable, "-m", "pytest", CASES, *options, f"--junitxml={report}", *sys.argv[1:]]
         environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run(command, cwd=REPOSITORY, env=environment)
         return judge(outcomes(report))
