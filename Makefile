@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TOY = runs/demo/seed-$(SEED)
 
-.PHONY: install install-test demo compare lint test test-slurm test-launchers bench-model bench-data bench-train clean
+.PHONY: install install-test demo compare lint test test-slurm test-launchers test-transformers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -63,6 +63,11 @@ test-launchers: install-test
 	$(PIP) -e ".[test,deepspeed]" ninja
 	$(BIN)/python -m tests.faults.launchers
 	$(BIN)/python -m tests.faults.launchers zero3 fsdp2 --family llama
+
+# transformers' own common model tests on our classes. Its source comes through pip, into the user's cache folder.
+test-transformers: install-test
+	$(BIN)/pip install --quiet -c constraints.txt parameterized
+	$(BIN)/python -m tests.suites.transformers_common
 
 # At most ten minutes each; results go to benchmarks/results/.
 bench-model bench-data bench-train: bench-%: install-test
