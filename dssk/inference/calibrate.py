@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dssk.errors import Diverged, DsskError
+from dssk.inference.auto import from_base
 from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, rounded
 from dssk.models.closed_form import FIRST_TOKEN_WEIGHT, NormalEquations
-from dssk.models.layers import encode_states, find_layers, layer_inputs
-from dssk.models.merged import MergedContext, MergedReader, accepts, find_projections, normalized
+from dssk.models.layers import LAST, encode_states, find_layers, layer_inputs
+from dssk.models.merged import MergedContext, MergedReader, arguments, find_projections, normalized
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
 MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
@@ -109,23 +111,24 @@ def load_maps(reader: MergedReader, equations: NormalEquations) -> float:
 @torch.no_grad()
 def scan(
     base: PreTrainedModel,
-    reader_of: Callable[[Layers], MergedReader],
     texts: Sequence[Tokens],
     held_out: Sequence[Tokens],
     candidates: Sequence[Layers],
     storage_dtype: StorageDtype = DEFAULT_STORAGE,
+    rank: int | None = None,
     report: Callable[[LayerScore], None] = lambda score: None,
 ) -> Scan:
-    """Fit and score every candidate; `reader_of` makes an untrained reader for one, `report` hears of each score."""
+    """Fit maps of a rank (`None`: full ones) for every candidate, and score them; `report` hears of each score."""
     beginnings = [text[:-CONTINUATION_TOKENS] for text in held_out]
     rests = [text[-CONTINUATION_TOKENS:] for text in held_out]
     scores: list[LayerScore] = []
     best: tuple[LayerScore, MergedReader] | None = None
-    for group in _passes(base, reader_of(candidates[0]), candidates):
-        sums = fit(base, reader_of(group[0]), texts, group, storage_dtype)
+    plain = reader_for(base, candidates[0])
+    for group in _passes(base, plain, candidates):
+        sums = fit(base, plain, texts, group, storage_dtype)
         encoded = [encode(base, beginning, group, storage_dtype) for beginning in beginnings]
         for candidate in group:
-            reader = reader_of(candidate)
+            reader = reader_for(base, candidate, rank)
             explained = load_maps(reader, sums.pop(candidate))
             contexts = (reader(base.base_model, states[candidate][None]) for states in encoded)
             score = LayerScore(candidate, continuation_nll(base, contexts, rests), explained)
@@ -145,6 +148,31 @@ def scan(
         best=best[0],
         reader=best[1],
     )
+
+
+def reader_for(base: PreTrainedModel, layers: Layers, rank: int | None = None) -> MergedReader:
+    """A reader of these layers' states, its maps not yet fitted. Raises `DsskError` if the base cannot have one."""
+    try:
+        reader = MergedReader(base.base_model, len(layers), rank).to(base.device)
+        reader.find_rows(base.base_model)
+    except ValueError as error:
+        raise DsskError(str(error)) from error
+    return reader
+
+
+def calibrated(found: Scan, base: str | Path, **how: Any) -> Any:
+    """The fused model that reads states of the best layer with its maps; `how` goes to `from_base`."""
+    num_layers, layers = found.reader.num_layers, list(found.best.layers)
+    named = [LAST if layer == num_layers else layer for layer in layers]
+    model = from_base(
+        base,
+        reader="merged",
+        encode_layer=named if len(named) > 1 else named[0],
+        reader_rank=found.reader.rank,
+        **how,
+    )
+    model.cross_attn_blocks[0].load_state_dict(found.reader.state_dict())
+    return model
 
 
 def encode(
@@ -178,19 +206,6 @@ def continuation_nll(
         total += nn.functional.cross_entropy(logits[0, :-1].float(), text[0, 1:], reduction="sum").item()
         count += len(rest) - 1
     return total / count
-
-
-def arguments(
-    model: PreTrainedModel,
-    context: MergedContext,
-    attention_mask: torch.Tensor | None,
-    rows: int,
-    tokens: int,
-) -> dict[str, Any]:
-    """What a plain model is given to go on after a context: cache, mask and positions."""
-    mask, positions = context.before(attention_mask, rows, tokens)
-    given: dict[str, Any] = {"past_key_values": context.cache(model.config, rows), "attention_mask": mask}
-    return given | ({"position_ids": positions} if accepts(model, "position_ids") else {})
 
 
 def divided(texts: Sequence[Tokens], held_out: int) -> tuple[list[Tokens], list[Tokens]]:

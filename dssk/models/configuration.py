@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from dssk.models.layers import LAST, layer_index
+
 MODEL_TYPE = "dssk"  # in the config.json of every fused model; `base_model_type` names the family
 BASE = "base"  # a field's value: as the base model has it
 CHOICES = {
     "cross_attn_init": ("zero", "normal", "copy"),
+    "reader": ("cross_attention", "merged"),
     "cross_attn_norm": ("layer_norm", "rms_norm"),
     "cross_attn_mlp": ("plain", "gated"),
 }
@@ -56,6 +59,11 @@ class CrossAttnConfig(_Base):
         cross_attn_init: `"zero"` starts each block as the identity, so that the fused model equals its base
             until the first training step; `"normal"` draws its output projections like all others; `"copy"` is
             "zero" until `dssk.models.copy_init.copy_init_` has set the last block.
+        reader: what reads a context: `"cross_attention"`, the blocks, or `"merged"`, the base's own attention, to which
+            maps make keys and values of every layer from stored states (`dssk.models.merged`; no block is placed then).
+        encode_layer: whose states are stored and read: `"last"`, after the final norm; a layer, whose input it is; a
+            share of the depth; or a list of these, one state behind the other.
+        reader_rank: width of a bottleneck that the maps of a merged reader share; `None` for full maps.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
             model named by `base_model_name_or_path` and `base_model_revision`.
     """
@@ -72,6 +80,9 @@ class CrossAttnConfig(_Base):
     cross_attn_norm: str = BASE
     cross_attn_mlp: str = BASE
     cross_attn_init: str = "zero"
+    reader: str = "cross_attention"
+    encode_layer: str | int | float | list = LAST
+    reader_rank: int | None = None
     cross_attn_only: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -136,6 +147,15 @@ class CrossAttnConfig(_Base):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(choices)}")
+
+        if len(self.encode_layers) > 1 and self.reader == "cross_attention":
+            raise ValueError(f"encode_layer is {self.encode_layer}, blocks read one layer's states: want one")
+
+    @property
+    def encode_layers(self) -> tuple[int, ...]:
+        """The layers whose inputs are stored, `num_hidden_layers` for the state after the final norm."""
+        several = self.encode_layer if isinstance(self.encode_layer, list) else [self.encode_layer]
+        return tuple(layer_index(layer, self.num_hidden_layers) for layer in several)
 
     @property
     def cross_attn_layers(self) -> list[int]:

@@ -225,19 +225,16 @@ class MergedReader(nn.Module):
         # Middle layers have a few dimensions that are far larger than the rest: each is scaled to unit variance.
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.register_buffer("rows", torch.empty(outputs, dtype=torch.long), persistent=self.fused)
-        self.reset_rows()
+        self.register_buffer("rows", self.last_rows(), persistent=self.fused)
 
     @property
     def fused(self) -> bool:
         """Whether projections make queries as well, so that only some of their outputs are mapped."""
         return any(mapped < whole for mapped, whole in self.widths)
 
-    def reset_rows(self) -> None:
-        """Take the last outputs of each projection for keys and values, until `find_rows` has looked."""
-        last = [torch.arange(whole - mapped, whole) for mapped, whole in self.widths]
-        with torch.no_grad():
-            self.rows.copy_(torch.cat(last))
+    def last_rows(self) -> torch.Tensor:
+        """The last outputs of each projection: taken for keys and values until `find_rows` has looked."""
+        return torch.cat([torch.arange(whole - mapped, whole) for mapped, whole in self.widths])
 
     def maps(self, states: torch.Tensor) -> torch.Tensor:
         """All mapped outputs (C, S, rows) of states (C, S, num_states x d) as they are stored."""
@@ -333,6 +330,19 @@ def normalized(states: torch.Tensor, num_states: int = 1) -> torch.Tensor:
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether a model's forward pass has this parameter."""
     return name in inspect.signature(module.forward).parameters
+
+
+def arguments(
+    model: Any,
+    context: MergedContext,
+    attention_mask: torch.Tensor | None,
+    rows: int,
+    tokens: int,
+) -> dict[str, Any]:
+    """What a plain model is given to go on after a context: cache, mask and positions."""
+    mask, positions = context.before(attention_mask, rows, tokens)
+    given: dict[str, Any] = {"past_key_values": context.cache(model.config, rows), "attention_mask": mask}
+    return given | ({"position_ids": positions} if accepts(model, "position_ids") else {})
 
 
 def find_projections(layer: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -38,6 +38,7 @@ from dssk.models.cross_attention import (
 )
 from dssk.models.layers import CallVariable, Mixed, encode_states, find_layers, mixed
 from dssk.models.loss import next_token_loss, shifted
+from dssk.models.merged import MergedContext, MergedLinear, MergedReader, arguments
 
 WEIGHTS_FILE = "model.safetensors"
 CONTEXT_ARGUMENTS = (
@@ -57,6 +58,9 @@ HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+
+
+Context = ProjectedContext | MergedContext  # what `project_context` gives, by the reader
 
 
 def is_cross_attn(name: str) -> bool:
@@ -174,7 +178,14 @@ class CrossAttnPreTrainedModel(_Base):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CrossAttnOutput) and self.config.cross_attn_init != "normal":
+        if isinstance(module, MergedReader):
+            init.zeros_(module.shift)
+            init.ones_(module.scale)
+            init.copy_(module.rows, module.last_rows())
+            return
+        if isinstance(module, MergedLinear):
+            init.zeros_(module.weight)  # `dssk.inference.calibrate` fits them
+        elif isinstance(module, CrossAttnOutput) and self.config.cross_attn_init != "normal":
             init.zeros_(module.weight)
         elif isinstance(module, CrossAttnLinear):
             std = getattr(self.config, "initializer_range", None) or 0.02
@@ -198,6 +209,8 @@ class CrossAttnPreTrainedModel(_Base):
         backbone: Any = self.base_model
         self.training = backbone.training = mode
         backbone.cross_attn.train(mode)
+        if self.config.reader == "merged":
+            return self  # gradient checkpointing would take the cache away, and with it the context
         # Gradient checkpointing looks at a layer's own flag. Below the lowest block there is nothing to differentiate.
         for layer in backbone.decoder_layers()[min(self.config.cross_attn_layers) :]:
             layer.training = mode
@@ -205,11 +218,11 @@ class CrossAttnPreTrainedModel(_Base):
 
     def project_context(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
-    ) -> ProjectedContext:
-        """Project encoder states (C, S, d) to what the blocks attend to, once for all tokens and questions.
+    ) -> Context:
+        """Project encoder states (C, S, d) to what is attended to, once for all tokens and questions.
 
         `encoder_attention_mask` (C, S), nonzero = attend. In training, `cross_attn_dropout_prob` of the tokens are
-        hidden here, never all of a context's.
+        hidden here, never all of a context's. States of several layers are (C, S, d x layers).
         """
         states = encoder_hidden_states
         if not isinstance(states, torch.Tensor) or states.ndim != 3:
@@ -221,10 +234,14 @@ class CrossAttnPreTrainedModel(_Base):
             raise ValueError(
                 f"encoder_attention_mask is {tuple(mask.shape)}, want {tuple(states.shape[:2])} as the states"
             )
+        tokens = mask
         if self.training and self.config.cross_attn_dropout_prob > 0:
-            if mask is None:
-                mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-            mask = hide_tokens(mask, self.config.cross_attn_dropout_prob)
+            if tokens is None:
+                tokens = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            mask = hide_tokens(tokens, self.config.cross_attn_dropout_prob)
+        if self.config.reader == "merged":
+            hidden = None if tokens is None or mask is None else tokens & ~mask
+            return _reading.during(None, self.cross_attn_blocks[0], self.base_model, states, tokens, hidden)
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(keys[0].device))
 
@@ -232,13 +249,15 @@ class CrossAttnPreTrainedModel(_Base):
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode contexts (C, S) with the base: its last hidden states (C, S, d), and their boolean mask (C, S).
+        """Encode contexts (C, S) with the base: its states at `encode_layer` (C, S, d), and their boolean mask (C, S).
 
-        Padding may stand on either side, the states of a context are the same.
+        Nothing above that layer is computed. Padding may stand on either side, the states of a context are the same.
         """
-        return _reading.during(None, encode_states, self.base_model, input_ids, attention_mask)
+        return _reading.during(
+            None, encode_states, self.base_model, input_ids, attention_mask, self.config.encode_layers
+        )
 
-    def _take_context(self, kwargs: dict[str, Any]) -> ProjectedContext | None:
+    def _take_context(self, kwargs: dict[str, Any]) -> Context | None:
         """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
         states, mask, ids, ids_mask, context = (kwargs.pop(name, None) for name in CONTEXT_ARGUMENTS)
         given = {"encoder_hidden_states": states, "context_input_ids": ids, "context": context}
@@ -250,14 +269,27 @@ class CrossAttnPreTrainedModel(_Base):
         if states is not None:
             return self.project_context(states, mask)
         if context is not None:
+            wanted = MergedContext if self.config.reader == "merged" else ProjectedContext
+            if not isinstance(context, wanted):
+                raise ValueError(
+                    f"context is {_described(context)}, want what project_context of this model returns"
+                )
             blocks = len(self.cross_attn_blocks)
-            if not isinstance(context, ProjectedContext):
-                raise ValueError(f"context is {_described(context)}, want what project_context returns")
-            if len(context.keys) != blocks:
+            if isinstance(context, ProjectedContext) and len(context.keys) != blocks:
                 raise ValueError(
                     f"the context was projected for {len(context.keys)} blocks, this model has {blocks}: project anew"
                 )
         return context
+
+    def _merge(self, context: MergedContext, kwargs: dict[str, Any], args: tuple = ()) -> dict[str, Any]:
+        """Arguments of a forward pass on a text that follows a context in the cache."""
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "got a merged context and past_key_values, which it is to begin: want one of them"
+            )
+        text = args[0] if args else kwargs.get("input_ids")
+        text = kwargs["inputs_embeds"] if text is None else text
+        return kwargs | arguments(self, context, kwargs.get("attention_mask"), *text.shape[:2])
 
     def _reads(self, context: ProjectedContext | None) -> tuple[Any, ProjectedContext] | None:
         """What the layers are to read; what they read already stays, if it was projected by this model."""
@@ -266,10 +298,10 @@ class CrossAttnPreTrainedModel(_Base):
         reading = _reading.get()
         return reading if reading is not None and reading[0] is self.cross_attn_blocks else None
 
-    def _read_during(
-        self, call: Callable, context: ProjectedContext | None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _read_during(self, call: Callable, context: Context | None, *args: Any, **kwargs: Any) -> Any:
         """What `call`, a forward pass, returns while the layers read; with the blocks' attention if asked for."""
+        if isinstance(context, MergedContext):
+            return call(*args, **self._merge(context, kwargs, args))
         reading = self._reads(context)
         wanted = kwargs.get("output_attentions")
         if not (getattr(self.config, "output_attentions", False) if wanted is None else wanted):
@@ -312,19 +344,23 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
 
     def place_blocks(self) -> None:
         """Make the blocks, and the layers read them."""
-        layers = self.config.cross_attn_layers
-        distinct = 1 if self.config.cross_attn_shared_weights else len(layers)
-        self.cross_attn = nn.ModuleList(CrossAttnBlock(self.config) for _ in range(distinct))
         stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)
         if stack is not self:
             stack.__class__ = mixed(SkippedStack, stack.__class__)
+        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
+        if self.config.reader == "merged":
+            states = len(self.config.encode_layers)
+            self.cross_attn = nn.ModuleList([MergedReader(self, states, self.config.reader_rank)])
+            return
+        layers = self.config.cross_attn_layers
+        distinct = 1 if self.config.cross_attn_shared_weights else len(layers)
+        self.cross_attn = nn.ModuleList(CrossAttnBlock(self.config) for _ in range(distinct))
         for plain in decoder_layers:
             plain.__class__ = mixed(ReadingLayer, plain.__class__)
         for number, layer_idx in enumerate(layers):
             layer: Any = decoder_layers[layer_idx]
             layer.cross_attn_index = number % distinct
             layer.cross_attn_final = self.config.cross_attn_final_layer
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
 
     def decoder_layers(self) -> nn.ModuleList:
         """The base's layers, lowest first."""
@@ -420,7 +456,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         """Base weights under their own names; exactly the cross-attention weights are new."""
         with quiet_load_report():  # checked below, more strictly
             model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)
-        expected = {name for name, _ in model.named_parameters() if is_cross_attn(name)}
+        expected = {name for name in model.state_dict() if is_cross_attn(name)}
         tied = set(model.all_tied_weights_keys)
         if strange := ((set(info["missing_keys"]) - tied) ^ expected) | set(info["unexpected_keys"]):
             raise ValueError(
@@ -428,11 +464,13 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
                 f"{len(strange)} keys, {sorted(strange)[0]}"
             )
         model.freeze_base()
+        if config.reader == "merged":
+            model.cross_attn_blocks[0].find_rows(model.base_model)
         return model
 
     def load_cross_attention(self, weights: dict[str, torch.Tensor]) -> None:
         """Load cross-attention weights, exactly those this model has; raises `ValueError` for any other set."""
-        own = {name: p for name, p in self.named_parameters() if is_cross_attn(name)}
+        own = {name: tensor for name, tensor in self.state_dict().items() if is_cross_attn(name)}
         wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights]
         wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
         if wrong:
@@ -467,7 +505,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
 
     def plain_base(self) -> PreTrainedModel:
         """A plain model of the base's family that shares its weights with this one."""
-        plain_class = next(
+        plain_class: Any = next(
             c
             for c in type(self).__mro__
             if issubclass(c, PreTrainedModel) and not issubclass(c, CrossAttnPreTrainedModel)
@@ -554,6 +592,27 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         logits = _headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
         return logits.view(*hidden_states.shape[:-1], -1)
 
+    def _generate_after(
+        self, context: MergedContext, inputs: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of `generate` on texts that follow a context in the cache: an ordinary one, for every beam."""
+        named = [kwargs.get("input_ids"), inputs, kwargs.get("inputs_embeds")]
+        text = next((value for value in named if value is not None), None)
+        if text is None:
+            raise ValueError("got a context and nothing to go on from: want input_ids")
+        settings = [kwargs.get("generation_config"), self.generation_config]
+        copies = [
+            kwargs.get(name) or next((v for s in settings if s and (v := getattr(s, name, None))), 1)
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        given = self._merge(context, {**kwargs, "input_ids": text if text.ndim == 2 else text[..., 0]})
+        rows = text.shape[0] * max(copies)
+        if rows > text.shape[0]:
+            given["past_key_values"] = context.cache(self.config, rows)
+        if inputs is not None or kwargs.get("inputs_embeds") is not None:
+            given.pop("input_ids")
+        return given
+
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any):
         """As in transformers, with a context: `encoder_hidden_states` and `encoder_attention_mask`,
@@ -562,6 +621,8 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         It is read and projected once, and not repeated for beams or returned sequences.
         """
         context = self._take_context(kwargs)
+        if isinstance(context, MergedContext):
+            return super().generate(inputs, *args, **self._generate_after(context, inputs, kwargs))
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not isinstance(assistant, CrossAttnForCausalLM):
             # As an argument it would reach the assistant, too.
