@@ -220,7 +220,7 @@ def test_contexts_that_do_not_fit_are_refused(model, given, base_folder):
         (lambda: model.generate(ids, context=context, context_input_ids=ids), "want one of them"),
         (lambda: model.project_context("text"), "want .contexts, tokens, hidden size."),
         (lambda: model.project_context(states, torch.ones(2, 4)), r"encoder_attention_mask is \(2, 4\)"),
-        (lambda: model(ids, context="text"), "want what project_context returns"),
+        (lambda: model(ids, context="text"), "want what project_context of this model returns"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
