@@ -11,6 +11,7 @@ from dssk.utils.old_names import OLD_NAMES, OldNames
 
 VERBS = {
     "base": "make a small base model, or convert one",
+    "calibrate": "choose the layer whose states a base reads best, without training",
     "preproc": "encode the contexts of a data set, once",
     "train": "train the cross-attention blocks of an experiment",
     "evaluate": "score a checkpoint under controls",
@@ -19,6 +20,7 @@ VERBS = {
     "answer": "answer questions from texts or a library",
     "library": "keep contexts, encoded once, and find them",
     "demo": "a page to try a model on",
+    "restore": "write contexts as an ordinary KV cache",
     "export": "write the fused model of a checkpoint",
     "publish": "upload a model, with its card",
     "inspect": "say what is in a store of encoded contexts",

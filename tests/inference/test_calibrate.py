@@ -1,22 +1,20 @@
 """Maps in closed form on tiny models, for which the right answer is known."""
 
-import functools
-
 import pytest
 import torch
 
 from dssk.errors import Diverged, DsskError
 from dssk.inference.calibrate import (
     SHORTEST_TEXT,
-    arguments,
     continuation_nll,
     divided,
     encode,
     fit,
     load_maps,
+    reader_for,
     scan,
 )
-from dssk.models.merged import MergedReader
+from dssk.models.merged import arguments
 from tests.models.test_merged import ids, make_model
 
 FAMILIES = ["llama", "gpt_neox"]
@@ -26,21 +24,11 @@ def texts(count: int, tokens: int = SHORTEST_TEXT) -> list[list[int]]:
     return [row.tolist() for row in ids(count, tokens, seed=3)]
 
 
-def reader_for(model):
-    def make(layers, rank=None):
-        torch.manual_seed(0)
-        reader = MergedReader(model.base_model, len(layers), rank)
-        reader.find_rows(model.base_model)
-        return reader
-
-    return make
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_reads_its_own_input_as_it_is(family):
     """From the state that enters a layer its keys and values are a linear map, but for the norm: R2 near one."""
     model = make_model(family, max_position_embeddings=256)
-    reader = reader_for(model)((1,))
+    reader = reader_for(model, (1,))
     equations = fit(model, reader, texts(24), [(1,)], "fp32")[(1,)]
     load_maps(reader, equations)
     explained = equations.explained(reader.up.weight.detach(), reader.up.bias.detach())
@@ -56,7 +44,6 @@ def test_a_scan_names_its_best_layer_and_keeps_its_maps(family):
     heard = []
     found = scan(
         model,
-        reader_for(model),
         documents[:26],
         documents[26:],
         [(1,), (2,), (3,), (1, 3)],
@@ -80,7 +67,7 @@ def test_a_scan_names_its_best_layer_and_keeps_its_maps(family):
 def test_maps_in_closed_form_come_closer_to_the_prompt_than_reading_nothing(family):
     # Weights so small that a layer adds little to what it is given: one state then tells of all layers.
     model, documents = make_model(family, max_position_embeddings=256, initializer_range=0.07), texts(30)
-    reader = reader_for(model)((2,))
+    reader = reader_for(model, (2,))
     load_maps(reader, fit(model, reader, documents[:28], [(2,)])[(2,)])
     errors = {"read": 0.0, "unread": 0.0}
     for document in documents[28:]:
@@ -97,15 +84,15 @@ def test_maps_in_closed_form_come_closer_to_the_prompt_than_reading_nothing(fami
 def test_many_passes_fit_what_one_does(monkeypatch):
     model = make_model("llama", max_position_embeddings=256)
     documents, candidates = texts(8), [(1,), (2,), (3,)]
-    once = scan(model, reader_for(model), documents[:6], documents[6:], candidates)
+    once = scan(model, documents[:6], documents[6:], candidates)
     monkeypatch.setattr("dssk.inference.calibrate.MEMORY_BYTES", 1)
-    many = scan(model, reader_for(model), documents[:6], documents[6:], candidates)
+    many = scan(model, documents[:6], documents[6:], candidates)
     assert [s.nll for s in once.scores] == pytest.approx([s.nll for s in many.scores])
 
 
 def test_sums_do_not_grow_with_the_text():
     model = make_model("llama", max_position_embeddings=256)
-    reader = reader_for(model)((2,))
+    reader = reader_for(model, (2,))
     sizes = [
         sum(t.numel() for t in vars(fit(model, reader, texts(count), [(2,)])[(2,)]).values())
         for count in (2, 20)
@@ -115,13 +102,12 @@ def test_sums_do_not_grow_with_the_text():
 
 def test_a_low_rank_explains_less():
     model = make_model("llama", max_position_embeddings=256)
-    make = reader_for(model)
-    equations = fit(model, make((2,)), texts(24), [(2,)])[(2,)]
+    equations = fit(model, reader_for(model, (2,)), texts(24), [(2,)])[(2,)]
     errors = []
     for rank in (2, 16, 64):
-        reader = make((2,), rank)
+        reader = reader_for(model, (2,), rank)
         load_maps(reader, equations)
-        full = make((2,))
+        full = reader_for(model, (2,))
         load_maps(full, equations)
         states = torch.randn(1, 50, 64)
         errors.append((reader.maps(states) - full.maps(states)).square().mean().item())
@@ -134,7 +120,7 @@ def test_a_base_that_gives_no_likelihood_is_refused():
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(Diverged, match="no finite likelihood|finite likelihood"):
-        scan(model, reader_for(model), texts(6), texts(2), [(1,)])
+        scan(model, texts(6), texts(2), [(1,)])
 
 
 def test_texts_are_held_out_and_too_few_are_refused():
@@ -147,12 +133,11 @@ def test_texts_are_held_out_and_too_few_are_refused():
         divided([[1, 2, 3]] * 5, 3)
 
 
-def test_int8_and_bf16_states_are_fitted_as_they_are_stored():
+def test_states_are_fitted_as_they_are_stored():
     model = make_model("llama", max_position_embeddings=256)
-    make = functools.partial(reader_for(model), (2,))
     maps = {}
     for dtype in ("fp32", "int8"):
-        reader = make()
+        reader = reader_for(model, (2,))
         load_maps(reader, fit(model, reader, texts(6), [(2,)], dtype)[(2,)])
         maps[dtype] = reader.up.weight.detach().clone()
     assert not torch.equal(maps["fp32"], maps["int8"])

@@ -6,9 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.calibrate import arguments
 from dssk.inference.restore import load_cache, save_cache
-from dssk.models.merged import MergedReader
+from dssk.models.merged import MergedReader, arguments
 from tests.models.test_merged import S, T, ids, make_model, mask_of
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dssk.models.layers import encode_states, find_layers
-from dssk.models.merged import MergedReader, accepts, find_projections
+from dssk.models.merged import MergedReader, arguments, find_projections
 
 SIZES = {
     "vocab_size": 64,
@@ -69,7 +69,9 @@ def make_model(family: str, **more):
     torch.manual_seed(0)
     known = AutoConfig.for_model(family)
     names = set(known.to_dict()) | set(known.attribute_map)
-    fields = {name: value for name, value in {**SIZES, **FAMILIES.get(family, {}), **more}.items() if name in names}
+    fields = {
+        name: value for name, value in {**SIZES, **FAMILIES.get(family, {}), **more}.items() if name in names
+    }
     return (
         AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval().requires_grad_(False)
     )
@@ -120,12 +122,6 @@ def stored(model, reader, contexts: torch.Tensor, lengths: list[int], left: bool
         where = slice(max(lengths) - length, None) if left else slice(length)
         row[where] = true_outputs(model, reader, context[:length])
     return states
-
-
-def arguments(model, context, attention_mask: torch.Tensor | None, rows: int, tokens: int) -> dict:
-    mask, positions = context.before(attention_mask, rows, tokens)
-    given = {"position_ids": positions} if accepts(model.base_model, "position_ids") else {}
-    return {"past_key_values": context.cache(model.config, rows), "attention_mask": mask, **given}
 
 
 def prompted_logits(model, context: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

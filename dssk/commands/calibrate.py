@@ -1,0 +1,196 @@
+"""Choose the layer whose states a base reads best, and map them to keys and values: no questions, no training.
+
+    dssk calibrate --base smollm2 --text squad.jsonl.gz notes.txt --encode_layer auto --output calibrated
+
+writes the base with its merged reader, ready to be asked, evaluated or trained; calibration.json, with the score of
+each layer that was tried; and layers.png, the curve. Texts are files of paragraphs (.txt, blank lines between them) or
+rows with a "context" (JSONL, CSV, Parquet, ...); some are held out to score the layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dssk.errors import DsskError
+from dssk.utils.defaults import STORAGE_DTYPES
+from dssk.utils.flags import Parser, optional_str, positive_int
+
+if TYPE_CHECKING:
+    from dssk.inference.calibrate import Layers, LayerScore, Scan
+
+AUTO = "auto"
+REPORT, CURVE = "calibration.json", "layers.png"  # written beside the model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
+    from dssk.inference.calibrate import calibrated, divided, scan
+    from dssk.inference.loading import device, load_base
+    from dssk.inference.rounding import TORCH_DTYPES
+    from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
+    from dssk.utils.console import quiet_libraries
+    from dssk.utils.files import publish_folder
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(args.base, args.revision)
+    texts = tokenize_contexts(tokenizer, list(read_texts(args.text)))
+    fitted, held_out = divided([ids[: args.text_tokens] for ids in texts], args.held_out)
+    dtype = args.dtype if args.dtype == AUTO else TORCH_DTYPES[args.dtype]
+    base = load_base(args.base, args.revision, dtype=dtype, device=device())
+    candidates = to_candidates(args.encode_layer, base.config.get_text_config().num_hidden_layers)
+    found = scan(
+        base,
+        first_tokens(fitted, args.tokens),
+        held_out,
+        candidates,
+        args.storage_dtype,
+        args.rank,
+        report=say,
+    )
+    del base
+    model = calibrated(found, args.base, revision=args.revision, dtype=dtype)
+    with publish_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_report(found, args.storage_dtype, folder)
+    print(summary(found, args.output))
+
+
+def write_report(found: "Scan", storage_dtype: str, folder: Path) -> None:
+    """The score of each layer, as JSON and as a curve."""
+    from dssk.report.figures import layer_curve, write_png
+    from dssk.utils.files import publish_json
+
+    publish_json(folder / REPORT, {**found.to_dict(), "storage_dtype": storage_dtype})
+    single = [(score.layers[0], score.nll) for score in found.scores if len(score.layers) == 1]
+    if len(single) > 1:
+        curve = layer_curve(single, found.best.layers[0], found.prompted_nll, found.unread_nll)
+        write_png(curve, folder / CURVE)
+
+
+def read_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """The distinct texts of some files, in order. Raises `DsskError` for a file without any."""
+    from dssk.data.readers import BadRow, is_data, read_rows
+
+    seen: set[str] = set()
+    for path in paths:
+        if not path.is_file():
+            raise DsskError(f"--text {path}: no such file")
+        if is_data(path.name):
+            rows: Iterator[Any] = (row.value for row in read_rows([str(path)]))
+            found: Iterator[str] = (
+                row["context"] for row in rows if not isinstance(row, BadRow) and _has_context(row)
+            )
+        else:
+            found = _paragraphs(path)
+        before = len(seen)
+        for text in found:
+            if text.strip() and text not in seen:
+                seen.add(text)
+                yield text
+        if len(seen) == before:
+            raise DsskError(
+                f'--text {path}: found no new text, want rows with "context", or paragraphs in a .txt file'
+            )
+
+
+def _has_context(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("context"), str)
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DsskError(f"--text {path}: not UTF-8 text, and no kind of table that can be read") from error
+    yield from (paragraph.strip() for paragraph in text.split("\n\n"))
+
+
+def first_tokens(texts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """As many of the texts as hold `count` tokens."""
+    taken: list[Sequence[int]] = []
+    for text in texts:
+        if count <= 0:
+            break
+        taken.append(text[:count])
+        count -= len(text)
+    return taken
+
+
+def to_candidates(encode_layer: Sequence[str], num_layers: int) -> "list[Layers]":
+    """The layers to try: all of them for `auto`, else the one or two that are named."""
+    from dssk.models.layers import layer_index
+
+    if list(encode_layer) == [AUTO]:
+        return [(layer,) for layer in range(1, num_layers + 1)]
+    if len(encode_layer) > 2 or AUTO in encode_layer:
+        raise DsskError(f"--encode_layer {' '.join(encode_layer)}: want {AUTO}, one layer, or two")
+    try:
+        return [tuple(layer_index(_number(text), num_layers) for text in encode_layer)]
+    except ValueError as error:
+        raise DsskError(f"--encode_layer: {error}") from error
+
+
+def _number(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def say(score: "LayerScore") -> None:
+    """One line a layer, as soon as it is known."""
+    layers = " and ".join(map(str, score.layers))
+    print(
+        f"layer {layers}: NLL {score.nll:.3f}, explains {score.explained:.1%} of keys and values", flush=True
+    )
+
+
+def summary(found: "Scan", output: Path) -> str:
+    """What was found, in one paragraph."""
+    layers = " and ".join(map(str, found.best.layers))
+    gained = (found.unread_nll - found.best.nll) / max(found.unread_nll - found.prompted_nll, 1e-6)
+    return (
+        f"wrote {output}: reads the states of layer {layers}. Held-out text has {found.best.nll:.3f} nats a token read "
+        f"from them, {found.prompted_nll:.3f} in the prompt and {found.unread_nll:.3f} unread: {gained:.0%} of the way."
+    )
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="dssk calibrate", description=__doc__)
+    add = parser.add_argument
+    add("--base", required=True, metavar="MODEL", help="base model: a folder, or a name on the Hub")
+    add("--revision", type=optional_str, help="branch, tag or commit of a model on the Hub")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="what the maps are fitted on; no labels",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the calibrated model")
+    add(
+        "--encode_layer",
+        nargs="+",
+        default=[AUTO],
+        metavar="LAYER",
+        help="whose input is stored: auto tries all; last, a number, a share of the depth; or two of them",
+    )
+    add(
+        "--tokens",
+        type=positive_int,
+        default=20_000,
+        metavar="TOKENS",
+        help="that the maps are fitted on, at most",
+    )
+    add("--text_tokens", type=positive_int, default=512, metavar="TOKENS", help="that a text is cut to")
+    add("--held_out", type=positive_int, default=16, metavar="TEXTS", help="that score the layers, at most")
+    add("--rank", type=positive_int, default=None, metavar="RANK", help="of the maps, all together (full)")
+    add("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="in which states will be stored")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="computes in this type")
+    return parser

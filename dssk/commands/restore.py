@@ -1,0 +1,88 @@
+"""Write contexts as an ordinary KV cache, for engines that read one and know nothing of dssk.
+
+    dssk restore --checkpoint C --library DIR --context_id amber --output cache.safetensors
+    dssk restore --checkpoint C --context notes.txt --output cache.safetensors --dtype bf16
+
+docs/readers.md shows how plain transformers goes on from the file. Only models with `reader: merged` have such a cache.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dssk.errors import DsskError
+from dssk.utils.flags import Parser
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if bool(args.library) != bool(args.context_id):
+        raise DsskError("--library and --context_id go together: one says where the contexts are, one which")
+    import torch
+
+    from dssk.inference.batching import pad_states
+    from dssk.inference.loading import device, load_model
+    from dssk.inference.restore import save_cache
+    from dssk.inference.rounding import TORCH_DTYPES
+    from dssk.models.merged import MergedContext
+    from dssk.utils.console import quiet_libraries
+    from dssk.utils.files import size
+
+    quiet_libraries()
+    model, tokenizer = load_model(args.checkpoint, device=device())
+    states, mask = pad_states([s.to(model.device) for s in find_states(args, model, tokenizer)])
+    with torch.no_grad():
+        context = model.project_context(states, mask)
+    if not isinstance(context, MergedContext):
+        raise DsskError(f"{args.checkpoint} reads with blocks of its own: want a model with reader: merged")
+    dtype = None if args.dtype == AUTO else TORCH_DTYPES[args.dtype]
+    save_cache(context, args.output, dtype, base=str(model.config.base_model_name_or_path or args.checkpoint))
+    tokens = int(context.lengths.sum())
+    print(
+        f"wrote {args.output}: {len(context)} contexts of {tokens} tokens, {size(args.output.stat().st_size)}"
+    )
+
+
+def find_states(args: Namespace, model: Any, tokenizer: Any) -> "list[torch.Tensor]":
+    """The states (S, d) of each context: from the library, or of texts that are encoded now."""
+    if args.library:
+        from dssk.store.library import ContextLibrary
+
+        library = ContextLibrary(args.library)
+        library.check_model(args.checkpoint)
+        return [library.get(id).encoder_hidden_states for id in args.context_id]
+    from dssk.demo.asking import read_text
+    from dssk.inference.encoding import Encoder
+
+    return Encoder(model, tokenizer).encode([read_text(path) for path in args.context])
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="dssk restore", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="C", help="model with reader: merged, or a run's folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--library", metavar="DIR", help="contexts of dssk library, or a prepared data set")
+    source.add_argument(
+        "--context", metavar="FILE", action="append", help="text (UTF-8), - for standard input; several times"
+    )
+    add(
+        "--context_id",
+        metavar="ID",
+        action="append",
+        help="which contexts of the library; may be given several times",
+    )
+    add("--output", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    add(
+        "--dtype",
+        choices=(AUTO, "fp32", "bf16", "fp16"),
+        default=AUTO,
+        help="of keys and values; auto: the model's",
+    )
+    return parser

@@ -1,0 +1,97 @@
+"""`dssk calibrate` and `dssk restore`, from text to a plain model that goes on from the file."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import DynamicCache, GPTBigCodeForCausalLM
+
+from dssk.commands import calibrate, restore
+from dssk.errors import DsskError
+from dssk.inference.loading import load_model
+from dssk.inference.tokenizer import tokenize_context
+
+WORDS = "mill river amber falls stone bridge old town was built near the by a".split()
+
+
+def paragraph(seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (40,), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "notes.txt").write_text("\n\n".join(paragraph(seed) for seed in range(10)))
+    rows = [{"context": paragraph(seed), "question": "q", "answer": "a"} for seed in (0, 20, 21, 22)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / "notes.txt"), str(folder / "rows.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def calibrated(base_path, texts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out") / "calibrated"
+    calibrate.main(["--base", str(base_path), "--text", *texts, "--output", str(output), "--held_out", "2"])
+    return output
+
+
+def test_a_calibrated_base_is_a_model_that_reads_with_its_best_layer(calibrated):
+    report = json.loads((calibrated / "calibration.json").read_text())
+    assert [layer["layers"] for layer in report["layers"]] == [[1], [2], [3], [4]]
+    best = min(report["layers"], key=lambda layer: layer["nll"])
+    assert report["recommended"] == best["layers"]
+    assert (calibrated / "layers.png").read_bytes().startswith(b"\x89PNG")
+    model, tokenizer = load_model(calibrated)
+    assert model.config.reader == "merged"
+    assert list(model.config.encode_layers) == best["layers"]
+    ids = torch.tensor([tokenize_context(tokenizer, paragraph(50))])
+    states, mask = model.encode(ids)
+    context = model.project_context(states, mask)
+    assert all(keys.abs().sum() > 0 for keys in context.keys)
+    text = ids[:, :9]
+    assert not torch.allclose(model(text, context=context).logits, model(text).logits)
+    assert model.generate(text, context=context, max_new_tokens=3, min_new_tokens=3).shape == (1, 12)
+
+
+@torch.no_grad()
+def test_a_restored_cache_gives_a_plain_model_our_logits(calibrated, base_path, tmp_path):
+    (tmp_path / "a.txt").write_text(paragraph(51))
+    (tmp_path / "b.txt").write_text(paragraph(52)[:60])
+    output = tmp_path / "cache.safetensors"
+    files = ["--context", str(tmp_path / "a.txt"), "--context", str(tmp_path / "b.txt")]
+    restore.main(["--checkpoint", str(calibrated), *files, "--output", str(output)])
+    file, plain = load_file(output), GPTBigCodeForCausalLM.from_pretrained(base_path).eval()
+    cache = DynamicCache(config=plain.config)
+    for layer in range(plain.config.num_hidden_layers):
+        cache.update(file[f"keys.{layer}"], file[f"values.{layer}"], layer)
+    model, tokenizer = load_model(calibrated)
+    text = torch.tensor([tokenize_context(tokenizer, "a town")] * 2)
+    got = plain(
+        text,
+        past_key_values=cache,
+        attention_mask=torch.cat([file["mask"].long(), torch.ones_like(text)], 1),
+        position_ids=file["lengths"][:, None] + torch.arange(text.shape[1]),
+    ).logits
+    from dssk.inference.batching import pad_states
+    from dssk.inference.encoding import Encoder
+
+    states, mask = pad_states(Encoder(model, tokenizer).encode([paragraph(51), paragraph(52)[:60]]))
+    torch.testing.assert_close(
+        got, model(text, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+    )
+
+
+def test_what_cannot_be_is_refused_in_one_line(base_path, texts, calibrated, tmp_path, capsys):
+    flags = ["--base", str(base_path), "--text", *texts, "--output", str(tmp_path / "new")]
+    for more, message in (
+        (["--encode_layer", "9"], "encode_layer is 9, want 'last', a layer from 1 to 4"),
+        (["--encode_layer", "1", "2", "3"], "want auto, one layer, or two"),
+        (["--text", str(tmp_path / "none.txt")], "no such file"),
+        (["--output", str(calibrated)], "is not empty"),
+    ):
+        with pytest.raises(DsskError, match=message):
+            calibrate.main([*flags, *more])
+    with pytest.raises(DsskError, match="go together"):
+        restore.main(["--checkpoint", str(calibrated), "--library", str(tmp_path), "--output", "x"])
+    assert not (tmp_path / "new").exists()
