@@ -8,6 +8,8 @@ from collections import Counter
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("WANDB_MODE", None)
+os.environ.pop("WANDB_API_KEY", None)  # no test reaches for the user's
 
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from exp_configs import BASE_CONFIG
 
 pytest_plugins = ["tests.browser"]
 
+os.umask(0o022)  # what the modes in the tests are written for
 ELSEWHERE = "Slurm's tests: make test-slurm; every launcher: make test-launchers"
 
 torch.set_num_threads(1)

@@ -1,4 +1,7 @@
-"""The processes that torchrun started together, on one node or on several that share the output folder."""
+"""The processes that torchrun started together, on one node or on several that share the output folder.
+
+torch is imported where there are several: flags ask for their number, and `--help` has to be quick.
+"""
 
 import contextlib
 import datetime
@@ -6,8 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
-
-import torch.distributed as dist
 
 from dssk.errors import DsskError
 
@@ -29,6 +30,8 @@ class Ranks:
         """What `make` returns in the first process, in every process; a `DsskError` that it raises, too."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         shared: list = [None]
         if self.rank == 0:
             try:
@@ -43,6 +46,8 @@ class Ranks:
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
@@ -67,6 +72,8 @@ def join() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(0, 1, 0)
         return
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
