@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     quiet_libraries()
     if args.output:
-        write(args)
+        write(args.checkpoint, args.output, args.repo, args.what, args.base_model, args.data_path)
     else:
         print(publish(args.checkpoint, args.repo, args.what, args.private, args.base_model, args.data_path))
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
-    write_report(args, command=["dssk", "report", *words])
+    write_report(**vars(args), command=["dssk", "report", *words])
 
 
 def build_parser() -> Parser:

@@ -1,19 +1,15 @@
 """The model card of a published model: README.md, with what is known of its run."""
 
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dssk.inference.base import kv_cache_values
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
-from dssk.store.format import encoding_bytes
+from dssk.inference.loading import FusedModel
+from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
+from dssk.models.shapes import kv_cache_values, window
 from dssk.utils.files import size
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -31,14 +27,7 @@ class Origin:
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation during training
 
 
-def hub_name(name: str | None) -> str | None:
-    """`name` if it is USER/NAME and nothing that lies here, else None."""
-    return name if name and HUB_NAME.fullmatch(name) and not Path(name).exists() else None
-
-
-def model_card(
-    repository: str, what: str, model: CrossAttnGPTBigCodeForCausalLM, origin: Origin
-) -> ModelCard:
+def model_card(repository: str, what: str, model: FusedModel, origin: Origin) -> ModelCard:
     """The card of `what`, "fused" or "cross_attention", as it will lie in `repository`."""
     relation = "adapter" if what == "cross_attention" else "finetune"
     data = ModelCardData(
@@ -61,7 +50,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _head(repository: str, what: str, model: CrossAttnGPTBigCodeForCausalLM, origin: Origin) -> str:
+def _head(repository: str, what: str, model: FusedModel, origin: Origin) -> str:
     trained, total = model.trainable_parameters()
     holds = (
         f"This repository holds the trained blocks alone ({trained:,} parameters); {origin.base} is loaded with them."
@@ -136,13 +125,13 @@ def _eval_results(origin: Origin) -> list[EvalResult]:
     ]
 
 
-def _cost(model: CrossAttnGPTBigCodeForCausalLM) -> str:
+def _cost(model: FusedModel) -> str:
     config = model.config
-    kept = encoding_bytes("bf16", config.n_embd)
+    kept = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
     cache = kv_cache_values(config) * torch.bfloat16.itemsize
     return (
         f"## Cost\n\nAn encoded context takes {size(kept)} a token in bfloat16, the base's keys and values would take "
-        f"{size(cache)}. It takes no place among the {config.n_positions:,} positions of the decoder."
+        f"{size(cache)}. It takes no place among the {window(config):,} positions of the decoder."
     )
 
 

@@ -1,7 +1,6 @@
 """Publishing the model of a run on the Hugging Face Hub: preparing what is uploaded, and uploading it."""
 
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,15 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dssk.checkpoint import verify_checkpoint
+from dssk.checkpoint import load_manifest as load_checkpoint_manifest
 from dssk.errors import Diverged, DsskError, EnvironmentFault
-from dssk.hub.model_card import Origin, hub_name, model_card
+from dssk.hub.model_card import Origin, model_card
 from dssk.inference.loading import find_model, load_model
 from dssk.run_folder import read_metrics, scores_of
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
 from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
+from dssk.utils.hub_names import hub_name
 
 FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 FILES += ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -59,8 +59,8 @@ def prepare(
     `DsskError` for blocks alone whose base nobody else could load.
     """
     source = find_model(checkpoint)
-    manifest = verify_checkpoint(source)
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source)  # refuses a base, and verifies a checkpoint
+    manifest = load_checkpoint_manifest(source)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise Diverged(f"{source}: {name} is not finite: publish an earlier checkpoint")
@@ -142,9 +142,15 @@ def upload(folder: Path, repository: str, private: bool) -> str:
     return str(page)
 
 
-def write(args: Namespace) -> None:
-    """The dry run: `args.output` appears when it is whole."""
-    output: Path = args.output
+def write(
+    checkpoint: str | Path,
+    output: Path,
+    repository: str | None = None,
+    what: str = FUSED,
+    base_model: str | None = None,
+    data_path: str | Path | None = None,
+) -> None:
+    """The dry run: `output`, a new folder, appears when it is whole."""
     if output.exists():
         raise DsskError(f"--output {output} exists: want a new folder")
     with machine_faults(output):
@@ -152,8 +158,6 @@ def write(args: Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=output.parent) as temp:
             folder = Path(temp) / output.name
             folder.mkdir()
-            prepare(
-                args.checkpoint, folder, args.repo or output.name, args.what, args.base_model, args.data_path
-            )
+            prepare(checkpoint, folder, repository or output.name, what, base_model, data_path)
             folder.rename(output)
     print(f"{output}: {size(sum(file.stat().st_size for file in output.iterdir()))}, nothing was uploaded")

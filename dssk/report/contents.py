@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from dssk.errors import DsskError
 from dssk.evaluation.attention import Evidence, evidence
-from dssk.inference.loading import find_model, load_model
+from dssk.inference.loading import device, find_model, load_model
 from dssk.report import costs, figures, samples
 from dssk.report.run_files import RunFiles
+from dssk.store.manifest import MANIFEST as STORE_MANIFEST
 
 WINDOW_TOKENS = 60  # of a context, in the figure of attention
 
@@ -44,8 +44,7 @@ class Contents:
             print(f"dssk: no attention in this report: {error}", file=sys.stderr)
             self.data["samples"] = [samples.describe(row) for row in chosen]
             return
-        self.model, tokenizer = load_model(folder)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, tokenizer = load_model(folder, device=device())
         self.evidence = evidence(self.model, tokenizer, files.predictions)
         self.data["samples"] = samples.with_attention(self.model, tokenizer, chosen)
         self.data["layers"] = sorted(self.model.config.cross_attn_layers)
@@ -104,7 +103,7 @@ class Contents:
             "caches": own + published,
             "published": published,
             "bytes_per_value": costs.BYTES_PER_VALUE,
-            "commands": commands(run_dir),
+            "commands": commands(run_dir, self.files.folder, base),
         }
 
     def subtitle(self) -> str:
@@ -169,18 +168,31 @@ class Contents:
 
 def _larger_base(cost: Rows) -> str:
     settings = cost[0].get("settings", {}) if cost else {}
-    if {"n_embd", "n_layer", "context_tokens"} <= settings.keys():
-        shape = f"{settings['n_embd']} wide with {settings['n_layer']} layers"
+    width, layers = settings.get("hidden_size"), settings.get("num_hidden_layers")
+    if width and layers and "context_tokens" in settings:
+        shape = f"{width} wide with {layers} layers"
         return f"Measured on a random base, {shape}, at contexts of {settings['context_tokens']:,} tokens"
     return "Measured on a larger, random base"
 
 
-def commands(run_dir: str) -> dict[str, str]:
-    """What makes the parts that are missing."""
-    folder = shlex.quote(run_dir)
-    evaluation = f"--checkpoint {folder} --data_path DATA"
-    return {
-        "train": "dssk train -e GROUP --data_path DATA -sb RUNS",
-        "evaluate": f"dssk evaluate {evaluation}",
-        "compare": f"dssk compare {evaluation} --output DIR && dssk report {folder} --compare DIR",
+def commands(run_dir: str, folder: Path, base: str) -> dict[str, str]:
+    """What makes the parts that are missing; `run_dir` is how the user called the run's `folder`."""
+    run, store = shlex.quote(run_dir), find_store(folder, base)
+    above = shlex.quote(str(folder.parent))
+    data = f"--data_path {shlex.quote(str(store))}" if store else '--data_path "$STORE"'
+    hints = {
+        "train": f"dssk train --exp_id {shlex.quote(folder.resolve().name)} -sb {above} {data}",
+        "evaluate": f"dssk evaluate --checkpoint {run} {data}",
+        "compare": f"dssk compare --checkpoint {run} {data} --output compared && dssk report {run} --compare compared",
     }
+    said = "" if store else "STORE=...  # the folder that dssk preproc made\n"
+    return {name: said + hint for name, hint in hints.items()}
+
+
+def find_store(folder: Path, base: str) -> Path | None:
+    """The store that a run's base made, if it lies in `processed_data/` beside or above the run."""
+    for above in folder.resolve().parents[:4]:
+        store = above / "processed_data" / base
+        if base and (store / STORE_MANIFEST).is_file():
+            return store
+    return None

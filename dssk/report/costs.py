@@ -7,7 +7,9 @@ small already, and the saving in bytes is small; with a KV head for each attenti
 
 from dataclasses import dataclass
 
-from transformers import GPTBigCodeConfig
+from transformers import PreTrainedConfig
+
+from dssk.models.shapes import kv_cache_values
 
 BYTES_PER_VALUE = 2  # bfloat16
 
@@ -19,13 +21,12 @@ class CacheCost:
     model: str
     num_layers: int
     hidden_size: int
-    num_heads: int
     num_kv_heads: int
+    kv_cache_values: int
 
     @property
     def kv_cache_bytes(self) -> int:
-        head_size = self.hidden_size // self.num_heads
-        return 2 * self.num_layers * self.num_kv_heads * head_size * BYTES_PER_VALUE
+        return self.kv_cache_values * BYTES_PER_VALUE
 
     @property
     def stored_bytes(self) -> int:
@@ -42,16 +43,23 @@ class CacheCost:
         return 2 * self.num_layers
 
 
+def _starcoder(name: str, num_layers: int, hidden_size: int) -> CacheCost:
+    head_size = 128
+    return CacheCost(name, num_layers, hidden_size, 1, 2 * num_layers * head_size)
+
+
 PUBLISHED = (
-    CacheCost("bigcode/starcoderbase-1b", 24, 2048, 16, 1),
-    CacheCost("TabbyML/SantaCoder-1B", 24, 2048, 16, 1),
-    CacheCost("bigcode/starcoderbase-3b", 36, 2816, 22, 1),
-    CacheCost("bigcode/starcoderbase-7b", 42, 4096, 32, 1),
-    CacheCost("bigcode/starcoder", 40, 6144, 48, 1),
+    _starcoder("bigcode/starcoderbase-1b", 24, 2048),
+    _starcoder("TabbyML/SantaCoder-1B", 24, 2048),
+    _starcoder("bigcode/starcoderbase-3b", 36, 2816),
+    _starcoder("bigcode/starcoderbase-7b", 42, 4096),
+    _starcoder("bigcode/starcoder", 40, 6144),
 )
 
 
-def of_model(name: str, config: GPTBigCodeConfig) -> CacheCost:
-    """The same for a model at hand."""
-    num_kv_heads = 1 if config.multi_query else config.n_head
-    return CacheCost(name, config.n_layer, config.n_embd, config.n_head, num_kv_heads)
+def of_model(name: str, config: PreTrainedConfig) -> CacheCost:
+    """The same for a model at hand, of any family."""
+    values = kv_cache_values(config)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = values // (2 * config.num_hidden_layers * head_size)
+    return CacheCost(name, config.num_hidden_layers, config.hidden_size, heads, values)

@@ -59,7 +59,8 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
     if sets and (data is not None or not run.scores):
         run.data = data or sets[0]
         label = f"{run.data}-cross_attention"
-        run.scores = read_json(compared / f"scores-{label}.json", dict).get("scores", {})
+        file = compared / f"scores-{label}.json"
+        run.scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
         run.predictions = _answered(read_rows(compared / f"predictions-{label}.jsonl"))
     return run
 

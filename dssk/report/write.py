@@ -6,7 +6,6 @@ attention as attention.json. Parts whose files are not there yet are left out, w
 
 import dataclasses
 import shlex
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,29 +13,37 @@ from dssk.report import figures
 from dssk.report.contents import Contents
 from dssk.report.page import render
 from dssk.report.run_files import read_run
+from dssk.run_folder import ATTENTION, REPORT
 from dssk.training.wandb_report import log_report
 from dssk.utils.files import make_folder, publish_json, publish_text
 
 
-def write_report(args: Namespace, command: Sequence[str]) -> None:
-    """Do what the flags of `dssk report` say; `command` is the words that were given, for the page."""
-    files = read_run(args.run_dir, args.compare, args.data)
-    output = Path(args.output) if args.output else files.folder / "report.html"
-    make_folder(output.parent)
+def write_report(
+    run_dir: str,
+    compare: str | None,
+    data: str | None,
+    samples: int,
+    output: str | None,
+    command: Sequence[str],
+) -> None:
+    """What `dssk report` does: its flags, and the words that were given, for the page."""
+    files = read_run(run_dir, compare, data)
+    page = Path(output) if output else files.folder / REPORT
+    make_folder(page.parent)
 
-    contents = Contents(files, args.samples)
+    contents = Contents(files, samples)
     drawn = contents.figures()
     svgs = {name: figures.svg(figure) for name, figure in drawn.items()}
-    publish_text(output, render(**contents.parts(args.run_dir), figures=svgs, command=shlex.join(command)))
+    publish_text(page, render(**contents.parts(run_dir), figures=svgs, command=shlex.join(command)))
 
-    pngs = [output.with_name(f"{output.stem}-{name}.png") for name in drawn]
+    pngs = [page.with_name(f"{page.stem}-{name}.png") for name in drawn]
     for figure, png in zip(drawn.values(), pngs, strict=True):
         figures.write_png(figure, png)
     if found := contents.evidence:
-        publish_json(output.with_name("attention.json"), dataclasses.asdict(found))
+        publish_json(page.with_name(ATTENTION), dataclasses.asdict(found))
         print(
             f"block {found.block + 1}, head {found.head + 1}: the most attended token lies inside the answer for "
             f"{found.share:.1%} of {found.n} correctly answered questions"
         )
-    log_report(files.folder, output, pngs)
-    print(output)
+    log_report(files.folder, page, pngs)
+    print(page)

@@ -162,10 +162,16 @@ def test_what_cannot_be_published_is_refused(command, trained, tmp_path):
     assert "want a new folder" in command("--checkpoint", trained, "--output", output, code=2)
 
 
+def test_a_base_is_called_what_it_is(command, base_path, tmp_path):
+    said = command("--checkpoint", base_path, "--output", tmp_path / "out", code=2)
+    assert "is a base model without cross-attention blocks" in said
+    assert said.count("\n") == 1
+
+
 def test_weights_that_are_not_finite_are_refused(command, trained, base_path, tmp_path):
     model = fused(base_path)
     with torch.no_grad():
-        model.transformer.cross_attn[0].attn.c_proj.weight[0, 0] = torch.nan
+        model.cross_attn_blocks[0].attn.c_proj.weight[0, 0] = torch.nan
     folder = tmp_path / "final"
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -1,4 +1,6 @@
-from dssk.report.contents import Contents
+import shlex
+
+from dssk.report.contents import Contents, commands
 from dssk.report.run_files import RunFiles, read_run
 
 
@@ -16,7 +18,7 @@ def test_costs_are_compared_with_prompting(run_folder):
 
 
 def test_a_larger_base_is_named_by_its_settings(tmp_path):
-    settings = {"n_embd": 768, "n_layer": 12, "context_tokens": 1500}
+    settings = {"hidden_size": 768, "num_hidden_layers": 12, "context_tokens": 1500}
     row = {"system": "prompted", "first_token_s": 1.0, "settings": settings}
     (name,) = contents(folder=tmp_path, cost=[row]).measured_costs()
     assert name == "Measured on a random base, 768 wide with 12 layers, at contexts of 1,500 tokens"
@@ -35,3 +37,24 @@ def test_old_scores_without_intervals_are_shown(tmp_path):
     made = contents(folder=tmp_path, scores=scores)
     assert [tile["value"] for tile in made.tiles()] == ["50.0 %", "60.0 %", "90.0 %"]
     assert set(made.figures()) == {"scores"}
+
+
+def test_hints_can_be_pasted(tmp_path):
+    """Whatever the folders are called: each word arrives as it is, and a store that lies where it should is named."""
+    run = tmp_path / "my runs; $HOME" / "run"
+    run.mkdir(parents=True)
+    hints = commands(str(run), run, "a base")
+    assert shlex.split(hints["evaluate"], comments=True) == [
+        *("STORE=...", "dssk", "evaluate", "--checkpoint", str(run), "--data_path", "$STORE")
+    ]
+    store = tmp_path / "processed_data" / "a base"
+    store.mkdir(parents=True)
+    (store / "manifest.json").touch()
+    hints = commands(str(run), run, "a base")
+    assert shlex.split(hints["evaluate"]) == [
+        *("dssk", "evaluate", "--checkpoint", str(run), "--data_path", str(store))
+    ]
+    assert shlex.split(hints["train"]) == [
+        *("dssk", "train", "--exp_id", "run", "-sb", str(run.parent), "--data_path", str(store))
+    ]
+    assert str(store) in shlex.split(hints["compare"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import from_base
 from dssk.report.costs import BYTES_PER_VALUE, PUBLISHED, of_model
 from exp_configs import EXP_GROUPS
 
@@ -12,7 +12,7 @@ def test_bytes_are_those_that_a_model_really_holds(multi_query, tmp_path):
     shape = {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 64, "n_positions": 64}
     config = GPTBigCodeConfig(**shape, multi_query=multi_query)
     GPTBigCodeForCausalLM(config).save_pretrained(tmp_path)
-    model = CrossAttnGPTBigCodeForCausalLM.from_base(tmp_path, num_cross_attn_layers=1, dtype=torch.bfloat16)
+    model = from_base(tmp_path, num_cross_attn_layers=1, dtype=torch.bfloat16)
     ids = torch.arange(1, 8)[None]
     cache = model(ids, use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -48,3 +48,13 @@ def test_axes_of_shares_end_where_the_shares_do(shares, limit):
 def test_nothing_logged_is_no_figure():
     assert figures.loss_curve([]) is None
     assert figures.score_curve([{"step": 1, "loss": 2.0}]) is None
+
+
+def test_no_legend_lies_over_a_bar():
+    controls = {name: {cls: {"n": 4, "em": 1.0} for cls in ("span", "yes_no")} for name in "abcde"}
+    figure = figures.by_class(controls)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(bar.get_window_extent()) for bar in figure.axes[0].patches)
+    assert figure.axes[0].get_legend() is None

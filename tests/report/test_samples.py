@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dssk.evaluation.attention import attend, encode_context
+from dssk.evaluation.attention import attend
+from dssk.inference.encoding import Encoder
 from dssk.inference.loading import load_model
 from dssk.report.samples import KEPT, SCALE, choose, dense, describe, is_right, with_attention
 from tests.report.conftest import row
@@ -35,7 +36,7 @@ def test_weights_are_those_of_the_heads_and_their_mean(run_folder):
     model, tokenizer = load_model(run_folder)
     given = row(0, "It was built by Ann.", "who built it", ["Ann"], "Ann")
     (sample,) = with_attention(model, tokenizer, [given])
-    states = encode_context(model, tokenizer, given["context"])
+    states = Encoder(model, tokenizer).encode([given["context"]])[0]
     expected = attend(model, tokenizer, given["question"], "Ann", states).weights
     assert "".join(sample["tokens"]) == "context: " + given["context"]
     assert "".join(sample["tokens"][i] for i in sample["marked"]) == " Ann"
@@ -52,7 +53,7 @@ def test_a_context_is_shown_as_far_as_it_was_encoded_and_its_greatest_weights_ke
     assert max(sample["marked"]) < 300
     lengths = {len(pairs) for block in sample["weights"] for head in block for pairs in head}
     assert lengths == {2 * KEPT}
-    states = encode_context(model, tokenizer, given["context"], 300)
+    states = Encoder(model, tokenizer).encode([given["context"]])[0][:300]
     weights = attend(model, tokenizer, "who", "Ann", states).weights
     assert sample["weights"][1][2][0][0] == weights[1, 1, 0].argmax()
     assert sample["weights"][1][2][0][1] == pytest.approx(SCALE * weights[1, 1, 0].max(), abs=1)
