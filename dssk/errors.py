@@ -4,6 +4,9 @@ Every error a user can cause or mend is a `DsskError`: `run` prints it as one li
 Anything else is our own bug and keeps its traceback (exit code 1).
 """
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -59,10 +62,24 @@ def short(value: object, max_characters: int = MAX_MESSAGE_CHARACTERS) -> str:
 def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the process's exit code; a `DsskError` becomes one line on standard error."""
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
     except DsskError as error:
         print(f"dssk: error: {short(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("dssk: interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader, such as `head`, has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import dssk
 from dssk.__main__ import VERBS, main
+from dssk.errors import run
 from dssk.utils.flags import Parser
 from dssk.utils.old_names import OLD_NAMES
 from tests.conftest import REPOSITORY
@@ -27,7 +29,7 @@ UNITS = {
     "PROMPTS",
     "DOCUMENTS",
 }
-UNITS |= {"LAYERS", "HEADS", "VALUES", "SHARE", "RATE", "WEIGHT", "SEED", "RANK", "PORT", "SECONDS"}
+UNITS |= {"LAYERS", "HEADS", "VALUES", "SHARE", "RATE", "WEIGHT", "SEED", "RANK", "PORT", "SECONDS", "TEXTS"}
 HEAVY = {"torch", "transformers", "datasets", "pydantic", "numpy", "pyarrow", "huggingface_hub", "tqdm"}
 MAX_CPU_SECONDS = 0.3  # more than Python itself
 
@@ -126,6 +128,25 @@ def test_a_mistyped_flag_is_one_line(capsys):
     assert caught.value.code == 2
     line = "dssk: error: unknown flag --discrad, did you mean --discard? (see dssk verify --help)\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(unbuffered):
+    code = "from dssk.errors import run\nraise SystemExit(run(lambda: print('line\\n' * 100_000)))"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("line\n", "", 141)
+
+
+def test_a_broken_pipe_of_another_kind_is_our_fault():
+    def main() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(main)
 
 
 def test_version(capsys):
