@@ -427,11 +427,13 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         path, base = pretrained_model_name_or_path, kwargs.pop("base_model", None)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, CrossAttnConfig):
-            # As transformers does: what is a field of the configuration changes it, the rest is for the model.
+            # As transformers does: what is a field of the configuration changes it, the rest is for the model, and
+            # so is the dtype, which may be "auto".
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(
                 path if config is None else config, return_unused_kwargs=True, **{**hub, **kwargs}
             )
-            kwargs |= hub
+            kwargs |= hub | dtype
         load = super().from_pretrained
         if config.cross_attn_only:
             weights = _load_weights(path, kwargs.pop("variant", None), **hub)

@@ -499,3 +499,10 @@ def test_a_text_generation_pipeline_answers_a_batch(base_path, tmp_path):
     how = {"max_new_tokens": 4, "do_sample": False, "context": model.project_context(states)}
     together = answer(["question: who \n answer:", "question: when was it built \n answer:"], **how)
     assert together[0] == answer("question: who \n answer:", **how)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_that_was_saved_is_found(base_path, tmp_path, name):
+    model = fused(base_path).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path, **{name: "auto"}).dtype == torch.bfloat16

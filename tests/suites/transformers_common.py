@@ -29,7 +29,11 @@ STAND_INS = {
 }
 
 # A test's name (a regular expression for the whole of it) -> why it may fail on a fused class and not on a plain one.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {
+    r"Fused_\w+::test_training(_gradient_checkpointing\w*)?": "without a context nothing trains: the base is frozen",
+    r"\w+::test_retain_grad_hidden_states_attentions": "no gradient reaches the states of a frozen base",
+    r"\w+::test_model_weights_reload_no_missing_tied_weights": "a file without the blocks' weights is refused",
+}
 
 
 def main() -> int:
@@ -40,7 +44,7 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", CASES, *options, f"--junitxml={report}", *sys.argv[1:]]
         environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run(command, cwd=REPOSITORY, env=environment)
-        return judge(outcomes(report))
+        return judge(outcomes(report), complete=not sys.argv[1:])
 
 
 def suite_folder() -> Path:
@@ -85,8 +89,8 @@ def outcomes(report: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def judge(found: dict[str, dict[str, str]]) -> int:
-    """Print what is new among the failures of the fused classes; the exit code."""
+def judge(found: dict[str, dict[str, str]], complete: bool) -> int:
+    """Print what is new among the failures of the fused classes; the exit code. `complete`: all tests were run."""
     faults, used = [], set()
     for name, tests in sorted(found.items()):
         plain = found.get(f"Plain{re.sub('^(Plain|Fused|Reading)', '', name)}", {})
@@ -101,7 +105,7 @@ def judge(found: dict[str, dict[str, str]]) -> int:
         print(f"{name:28} {dict(counts)}, {len(new)} that the plain class lacks")
     for fault in faults:
         print(f"FAILED {fault}")
-    stale = [pattern for pattern in EXCEPTIONS if pattern not in used]
+    stale = [pattern for pattern in EXCEPTIONS if complete and pattern not in used]
     for pattern in stale:
         print(f"NO LONGER FAILS, take it off the list: {pattern}")
     ran = {name for name in found if not name.startswith("Plain")}
