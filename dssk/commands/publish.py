@@ -10,15 +10,15 @@ load with `AutoModelForCausalLM.from_pretrained` after `import dssk`. The login 
 from collections.abc import Sequence
 from pathlib import Path
 
+from dssk.errors import DsskError
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
 from dssk.utils.flags import Parser, bool_flag, optional_str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     if not (args.output or args.repo):
-        parser.error("want --repo USER/NAME to upload to, or --output DIR to look at it before")
+        raise DsskError("want --repo USER/NAME to upload to, or --output DIR to look at it before")
     from dssk.hub.publish import publish, write
     from dssk.utils.console import quiet_libraries
 

@@ -20,6 +20,7 @@ from dssk.utils.hub_names import hub_name
 
 FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 FILES += ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+FILES += ["modeling_dssk.py"]  # what says, without dssk, what to install
 
 
 def publish(

@@ -164,7 +164,7 @@ def by_class(controls: dict[str, dict[str, dict[str, Any]]]) -> Figure:
         axes.set_ylabel("EM")
         axes.set_ylim(0, share_limit(row.get("em") for rows in controls.values() for row in rows.values()))
         axes.grid(axis="x", visible=False)
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=min(3, len(controls)))  # never over a bar
     return figure
 
 
