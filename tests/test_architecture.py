@@ -27,7 +27,12 @@ LEVELS = [
     ["training"],
     ["jobs", "report", "demo"],
     ["research"],
-    ["commands", "data.preproc_nq", "", "__main__"],  # the last two are the package itself and the command `dssk`
+    [
+        "commands",
+        "data.preproc_nq",
+        "",
+        "__main__",
+    ],  # the last two are the package itself and the command `dssk`
 ]
 MAX_LOOSE_MODULES = 6
 

@@ -38,7 +38,9 @@ def test_list_reads_the_file_of_the_flag(here, capsys):
 
 
 def test_a_missing_file_is_named_with_what_to_do(here, capsys):
-    message = f"no file exp_configs.py in {here}: go to the folder that holds it, or name one with --exp_configs"
+    message = (
+        f"no file exp_configs.py in {here}: go to the folder that holds it, or name one with --exp_configs"
+    )
     assert said(capsys, RUN).startswith(f"dssk: error: {message}")
     (here / "exp_configs.py").write_text("EXP_GROUPS = {'g': [{}]}")
     assert "no file job_configs.py in" in said(capsys, [*RUN, "-j", "slurm"])
