@@ -62,6 +62,17 @@ class ExperimentConfig(BaseModel):
         description="zero: start as the base model exactly; copy: the last block starts as an induction head"
     )
 
+    reader: Literal["cross_attention", "merged"] = Field(
+        default="cross_attention",
+        description="what reads a context: blocks, or the base's own attention by maps from states to keys and values",
+    )
+    encode_layer: str | int | float | list[str | int | float] = Field(
+        default="last", description="whose states are read: last, a layer, a share of the depth, or a list"
+    )
+    reader_rank: int | None = Field(
+        default=None, ge=1, description="rank of a merged reader's maps; None: full"
+    )
+
     context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
     include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")
     do_repetition_augmentations: bool = Field(description="append 'repeat ...' tasks to questions")
@@ -115,6 +126,11 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
         raise DsskError(f"experiment: {faults(error, ExperimentConfig.model_fields)}") from None
     if cfg.fp16 and cfg.bf16:
         raise DsskError("experiment: fp16 and bf16 are both true, want at most one of them")
+    if cfg.reader == "merged" and cfg.gradient_checkpointing:
+        raise DsskError(
+            "experiment: gradient_checkpointing recomputes layers without their cache, which holds what a merged reader "
+            "reads: set it to false"
+        )
     return cfg
 
 

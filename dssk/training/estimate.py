@@ -12,7 +12,7 @@ from dssk.config import ExperimentConfig
 from dssk.inference.auto import family, fused_config
 from dssk.inference.loading import load_base_config
 from dssk.inference.rounding import encoding_bytes
-from dssk.models.configuration import num_attention_heads
+from dssk.models.configuration import FIELDS, num_attention_heads
 from dssk.models.loss import CHUNK_LOGITS
 from dssk.models.shapes import kv_cache_values, mlp_values, projected_values
 from dssk.store.manifest import Manifest
@@ -53,7 +53,7 @@ class Estimate:
 
 def meta_model(cfg: ExperimentConfig, base: PreTrainedConfig) -> Any:
     """The model of an experiment with shapes and no values: seconds and no memory, whatever its size."""
-    ours = {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
+    ours = {key: value for key, value in cfg.model_dump().items() if key in FIELDS}
     with torch.device("meta"):
         return family(base.model_type).causal_lm(fused_config(base, **ours))
 

@@ -20,10 +20,13 @@ from dssk.errors import DsskError, Preempted
 from dssk.hub.export import export
 from dssk.hub.publish import check_repository, publish
 from dssk.inference.auto import from_base, fused_config
+from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import load_base_config
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
+from dssk.models.configuration import FIELDS
 from dssk.models.copy_init import check_copy_init, copy_init_
+from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
 from dssk.run_folder import lock_file, move_aside, stored_experiment, write_experiment
@@ -108,7 +111,6 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     if run.push_to_hub:
         check_repository(run.push_to_hub)
     manifest = load_manifest(run.data_path)
-    check_model(manifest, cfg.model_path)
     if not manifest.counts.rows["val"]:
         check_without_val(cfg)
     if cfg.include_context_ids:
@@ -116,6 +118,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     base = load_base_config(cfg.model_path)
     try:
         model = fused_config(base, **cross_attn_fields(cfg))
+        check_model(manifest, cfg.model_path, None, layers_name(model.encode_layers, model.num_hidden_layers))
         if cfg.cross_attn_init == "copy":
             check_copy_init(model)
     except ValueError as error:
@@ -146,7 +149,7 @@ def check_without_val(cfg: ExperimentConfig) -> None:
 
 def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
     """The fields of an experiment that describe the model; they have the same names in both configurations."""
-    return {key: value for key, value in cfg.model_dump().items() if "cross_attn" in key}
+    return {key: value for key, value in cfg.model_dump().items() if key in FIELDS}
 
 
 def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnForCausalLM:
@@ -176,6 +179,9 @@ def build_trainer(
             distinct_contexts(rows["train"], tokenizer, cfg.context_size),
             cfg.seed,
         )
+    if cfg.reader == "merged":
+        contexts = distinct_contexts(rows["train"], tokenizer, cfg.context_size)
+        fit_reader(model.to(arguments.device), contexts)
     if not len(rows["val"]):
         arguments.eval_strategy = IntervalStrategy.NO
     scorer = None
@@ -287,11 +293,14 @@ def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
     trained = sum(p.numel() for _, p in state.trained_parameters(trainer))
     layers = ", ".join(map(str, model.config.cross_attn_layers))
     side = "after" if model.config.cross_attn_final_layer else "before"
+    reader = f"blocks {side} decoder layers {layers}"
+    if model.config.reader == "merged":
+        reader = f"merged, from states of layer {trainer.cfg.encode_layer}"
     lines = [
         ("experiment", savedir.name),
         ("folder", str(savedir)),
         ("training", f"{trained:,} parameters; {model.num_parameters() - trained:,} are frozen"),
-        ("blocks", f"{side} decoder layers {layers}"),
+        ("reader", reader),
         ("rows", f"{len(data):,} to train on, {len(trainer.eval_dataset):,} to evaluate"),
         (
             "step",

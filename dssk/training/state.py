@@ -38,12 +38,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 def gather_weights(trainer: Any) -> Tensors:
-    """The cross-attention weights, whole, on the CPU."""
+    """The cross-attention weights, whole, on the CPU; with what a merged reader keeps beside what trains."""
     if trainer.is_deepspeed_enabled:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: _host(safe_get_full_fp32_param(p)) for name, p in trained_parameters(trainer)}
-    return {name: _host(_whole(p)) for name, p in trained_parameters(trainer)}
+        from deepspeed.utils import safe_get_full_fp32_param as whole
+    else:
+        whole = _whole
+    weights = {name: _host(whole(p)) for name, p in trained_parameters(trainer)}
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = ((name, b) for name, b in model.named_buffers() if is_cross_attn(name) and name in persistent)
+    return weights | {name: _host(_whole(buffer)) for name, buffer in buffers}
 
 
 def gather_optimizer(trainer: Any) -> Tensors:

@@ -1,0 +1,81 @@
+"""Training the merged reader by the same road as the blocks."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dssk.errors import DsskError
+from tests.conftest import VOCAB_SIZE, byte_tokenizer, encode_rows, experiment, question_rows
+from tests.families import tiny_base
+from tests.training.conftest import losses
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_base("llama", folder / "base", vocab_size=VOCAB_SIZE, max_position_embeddings=256)
+    byte_tokenizer().save_pretrained(folder / "base")
+    store = encode_rows(folder / "base", folder, question_rows(48), "--encode_layer", "2")
+    return folder / "base", store
+
+
+@pytest.fixture
+def run(llama, tmp_path):
+    from dssk.commands.train import parse_args
+    from dssk.config import experiment_id
+    from dssk.training.run import train
+
+    base, store = llama
+
+    def run(*flags: str, **changes):
+        exp_dict = experiment(base, **{"reader": "merged", "encode_layer": 2} | changes)
+        argv = ["-e", "group", "-sb", str(tmp_path), "--data_path", str(store), "--log_every", "2"]
+        train(parse_args([*argv, "--generation_eval_samples", "2", *flags]), {"group": [exp_dict]})
+        return tmp_path / experiment_id(exp_dict)
+
+    return run
+
+
+def test_maps_start_fitted_learn_and_load_from_a_checkpoint_and_a_fused_folder(run):
+    folder = run("--steps", "6", learning_rate=2e-3)
+    seen = losses(folder)
+    assert seen[6] < seen[2]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("checkpoint-6", "final")
+    ]
+    reader = models[0].cross_attn_blocks[0]
+    assert reader.shift.any()
+    assert reader.up.weight.abs().sum() > 0
+    ids = torch.arange(6, 18).view(2, 6)
+    assert torch.equal(*(model(ids, context_input_ids=ids).logits for model in models))
+    assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["encode_layer"] == 2
+
+
+def test_a_run_goes_on_from_its_checkpoint(run):
+    settings = {"cross_attn_dropout_prob": 0.0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    whole = losses(run("--steps", "4", "-r", "1", **settings))
+    run("--steps", "2", "-r", "1", **settings)
+    resumed = losses(run("--steps", "4", **settings))
+    assert resumed[4] == pytest.approx(whole[4], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encode_layer": 1}, "encoded by layer 2, the model reads layer 1"),
+        ({"encode_layer": "last"}, "encoded by layer 2, the model reads layer last"),
+        ({"encode_layer": 7}, "want 'last', a layer from 1 to 3"),
+        ({"gradient_checkpointing": True}, "set it to false"),
+        ({"reader": "merge"}, "reader is 'merge'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(run, changes, message):
+    with pytest.raises(DsskError, match=message):
+        run("--steps", "2", **changes)
+
+
+def test_blocks_read_the_states_of_a_middle_layer(run):
+    seen = losses(run("--steps", "6", reader="cross_attention", num_cross_attn_layers=1, learning_rate=5e-3))
+    assert seen[6] < seen[2]
