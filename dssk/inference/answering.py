@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from dssk.errors import DsskError
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Encoder
-from dssk.inference.generation import MAX_NEW_TOKENS, Tokens, context_batch, generate_batch
+from dssk.inference.generation import Tokens, context_batch, generate_batch
 from dssk.inference.tokenizer import load_tokenizer, tokenize_question
 from dssk.models.cross_attention import ProjectedContext
 from dssk.models.modeling import CONTEXT_ARGUMENTS
 from dssk.models.shapes import window
-
-BATCH_SIZE = 32  # questions
+from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
 
 Context = str | torch.Tensor  # a text, or its encoder states (S, d)
 States = list[torch.Tensor]  # of the contexts of one question

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
-
-MAX_NEW_TOKENS = 32
+from dssk.utils.defaults import MAX_NEW_TOKENS
 
 Tokens = list[int]
 

@@ -17,10 +17,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from dssk.errors import DsskError
 from dssk.evaluation.predictions import Answers
 from dssk.evaluation.questions import Question, QuestionSet
-from dssk.inference.generation import MAX_NEW_TOKENS, Tokens, generate_batch, nll_batch
+from dssk.inference.generation import Tokens, generate_batch, nll_batch
 from dssk.inference.tokenizer import tokenize_answer, tokenize_context, tokenize_question_after_context
 from dssk.models.shapes import kv_cache_values, window
 from dssk.utils import files
+from dssk.utils.defaults import MAX_NEW_TOKENS
 
 
 class Prompt(NamedTuple):

@@ -21,7 +21,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        unsaid = action.default in (None, argparse.SUPPRESS, []) or action.nargs == 0
+        unsaid = action.default in (None, argparse.SUPPRESS, [], {}) or action.nargs == 0
         if unsaid or "%(default)" in text or not action.option_strings:
             return text
         return f"{text} (default: {str(action.default).lower() if action.default in (True, False) else '%(default)s'})"

@@ -14,6 +14,8 @@ import pytest
 import dssk
 from dssk.__main__ import VERBS, main
 from dssk.errors import run
+from dssk.inference.rounding import TORCH_DTYPES
+from dssk.utils.defaults import STORAGE_DTYPES
 from dssk.utils.flags import Parser
 from dssk.utils.old_names import OLD_NAMES
 from tests.conftest import REPOSITORY
@@ -102,13 +104,17 @@ def test_help_shows_the_default_and_the_unit_of_every_flag(verb):
         for action in parser._actions:
             assert action.help, f"{action.option_strings} has no help"
             shown = formatter._expand_help(action)
-            if action.option_strings and action.nargs != 0 and action.default not in (None, []):
+            if action.option_strings and action.nargs != 0 and action.default not in (None, [], {}):
                 value = str(action.default)
                 assert (value.lower() if isinstance(action.default, bool) else value) in shown, action
             if isinstance(action.default, int | float) and not isinstance(action.default, bool):
                 assert action.metavar in UNITS, f"{action.option_strings} shows no unit"
             if getattr(action.type, "__name__", "") in ("positive_int", "count", "int", "float"):
                 assert action.metavar in UNITS, f"{action.option_strings} shows no unit"
+
+
+def test_the_types_that_flags_offer_are_those_that_can_be_kept():
+    assert set(STORAGE_DTYPES) == set(TORCH_DTYPES)
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
