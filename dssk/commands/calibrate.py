@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
-    from dssk.inference.calibrate import calibrated, divided, scan
+    from dssk.inference.calibrate import calibrated, divided, first_tokens, scan
     from dssk.inference.loading import device, load_base
     from dssk.inference.rounding import TORCH_DTYPES
     from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
@@ -106,17 +106,6 @@ def _paragraphs(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DsskError(f"--text {path}: not UTF-8 text, and no kind of table that can be read") from error
     yield from (paragraph.strip() for paragraph in text.split("\n\n"))
-
-
-def first_tokens(texts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
-    """As many of the texts as hold `count` tokens."""
-    taken: list[Sequence[int]] = []
-    for text in texts:
-        if count <= 0:
-            break
-        taken.append(text[:count])
-        count -= len(text)
-    return taken
 
 
 def to_candidates(encode_layer: Sequence[str], num_layers: int) -> "list[Layers]":

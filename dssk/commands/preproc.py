@@ -120,6 +120,12 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="writes processed_data/<model> in here",
     )
+    result.add_argument(
+        "--encode_layer",
+        default="last",
+        metavar="LAYER",
+        help="whose input is stored; last: after the final norm; a number, a share of the depth, or two: 10+18",
+    )
     result.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on the disk")
     result.add_argument(
         "--text_only",

@@ -31,6 +31,7 @@ from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Batch, Encoder, one_thread
 from dssk.inference.loading import device, load_base
 from dssk.inference.rounding import StorageDtype, encoding_bytes
+from dssk.models.layers import named_layers
 from dssk.store.manifest import CONTEXTS, FileInfo, ShardInfo, load_shard_info, shard_name
 from dssk.store.opening import find_fault
 from dssk.store.segments import context_features, encoded_record
@@ -239,7 +240,8 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
     arrow = job.path(index, ".arrow")
     files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
     schema = context_features(job.storage_dtype).arrow_schema
-    encoder = Encoder(model, storage_dtype=job.storage_dtype)
+    layers = named_layers(job.plan.settings.encode_layer, model.config.num_hidden_layers)
+    encoder = Encoder(model, storage_dtype=job.storage_dtype, layers=layers)
     with (
         files.publish(arrow) as file,
         ThreadPoolExecutor(1) as pool,

@@ -18,6 +18,7 @@ from dssk.inference.fingerprint import is_model, model_fingerprint, tokenizer_ha
 from dssk.inference.loading import load_base_config
 from dssk.inference.rounding import StorageDtype
 from dssk.inference.tokenizer import load_tokenizer, template_version
+from dssk.models.layers import layers_name, named_layers
 from dssk.models.shapes import window
 from dssk.store.dataset import finish
 from dssk.store.manifest import MANIFEST, Manifest, Settings, lock
@@ -50,6 +51,7 @@ class Request:
     num_proc: int
     data_cache_path: Path
     storage_dtype: StorageDtype
+    encode_layer: str
     text_only: bool
     shard_rows: int
     makers: Mapping[str, sources.Maker] = field(default_factory=dict)
@@ -154,12 +156,14 @@ def _check_devices(request: Request, team: ranks.Ranks) -> None:
 
 def _settings(request: Request, config: PreTrainedConfig, source: sources.Source) -> Settings:
     tokenizer = load_tokenizer(request.embedding_model, request.revision)
+    encode_layer = _encode_layer(request, config)
     return Settings(
         model_id=request.embedding_model,
         model_revision=getattr(config, "_commit_hash", None),
         model_fingerprint=model_fingerprint(request.embedding_model, config, request.revision),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        hidden_size=config.hidden_size,
+        hidden_size=config.hidden_size * (encode_layer.count("+") + 1),
+        encode_layer=encode_layer,
         model_dtype=str(_model_dtype(request, config)).removeprefix("torch."),
         storage_dtype=None if request.text_only else request.storage_dtype,
         template_version=template_version(tokenizer),
@@ -167,6 +171,15 @@ def _settings(request: Request, config: PreTrainedConfig, source: sources.Source
         shard_rows=request.shard_rows,
         source=source.describe(),
     )
+
+
+def _encode_layer(request: Request, config: PreTrainedConfig) -> str:
+    """The layers that are asked for, by number: `10+18` for two."""
+    num_layers = config.get_text_config().num_hidden_layers
+    try:
+        return layers_name(named_layers(request.encode_layer, num_layers), num_layers)
+    except ValueError as error:
+        raise DsskError(f"--encode_layer {request.encode_layer}: {error}") from error
 
 
 def _model_dtype(request: Request, config: PreTrainedConfig) -> torch.dtype:

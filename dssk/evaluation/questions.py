@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from dssk.data import schemas, sources
 from dssk.errors import DsskError
 from dssk.inference.encoding import Encoder
-from dssk.inference.loading import FusedModel, find_encoder
+from dssk.inference.loading import FusedModel, find_encode_layer, find_encoder
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.models.shapes import window
@@ -149,7 +149,7 @@ def _fingerprint(*facts: object) -> str:
 def check_encodings(path: str, checkpoint: str | Path) -> None:
     """Raise `DsskError` unless the base of a checkpoint made the encodings at `path`; raw data suits every model."""
     if (Path(path) / MANIFEST).is_file():
-        check_model(load_manifest(path), *find_encoder(checkpoint))
+        check_model(load_manifest(path), *find_encoder(checkpoint), find_encode_layer(checkpoint))
 
 
 def sample(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:

@@ -27,6 +27,7 @@ from dssk.models.layers import LAST, encode_states, find_layers, layer_inputs
 from dssk.models.merged import MergedContext, MergedReader, arguments, find_projections, normalized
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
+FIT_TOKENS = 20_000  # that maps are fitted on: some dozens for each dimension of a state
 MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
 CONTINUATION_TOKENS = 64  # of a held-out text that are scored
 SHORTEST_TEXT = 2 * CONTINUATION_TOKENS  # of a text that can be held out
@@ -106,6 +107,36 @@ def load_maps(reader: MergedReader, equations: NormalEquations) -> float:
     reader.shift.copy_(equations.mean)
     reader.scale.copy_(1 / equations.deviation)
     return explained
+
+
+@torch.no_grad()
+def fit_reader(
+    model: Any,
+    texts: Iterable[Tokens],
+    storage_dtype: StorageDtype = DEFAULT_STORAGE,
+    num_tokens: int = FIT_TOKENS,
+) -> float:
+    """Set the maps of a fused model's merged reader in closed form, on about `num_tokens` tokens of these texts.
+
+    Returns the mean share of variance that they explain.
+    """
+    reader: MergedReader = model.cross_attn_blocks[0]
+    reader.find_rows(model.base_model)
+    layers = model.config.encode_layers
+    return load_maps(
+        reader, fit(model, reader, first_tokens(texts, num_tokens), [layers], storage_dtype)[layers]
+    )
+
+
+def first_tokens(texts: Iterable[Tokens], count: int) -> list[Tokens]:
+    """As many of the texts as hold `count` tokens."""
+    taken: list[Tokens] = []
+    for text in texts:
+        if count <= 0:
+            break
+        taken.append(text[:count])
+        count -= len(text)
+    return taken
 
 
 @torch.no_grad()

@@ -54,12 +54,18 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         storage_dtype: StorageDtype = DEFAULT_STORAGE,
         maximum_input_length: int | None = None,
+        layers: Sequence[int] | None = None,
     ):
-        """Texts need the tokenizer; they are cut to `maximum_input_length` tokens, the model's window if not given."""
+        """Texts need the tokenizer; they are cut to `maximum_input_length` tokens, the model's window if not given.
+
+        The states are those of `layers`, one behind the other; by default what a fused model reads, and the last
+        layer's of a base.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.storage_dtype: StorageDtype = storage_dtype
         self.maximum_input_length = maximum_input_length or window(model.config)
+        self.layers = tuple(getattr(model.config, "encode_layers", ()) if layers is None else layers)
         self.out_of_memory_splits = 0
 
     def encode(
@@ -102,7 +108,7 @@ class Encoder:
         mask = length_mask([len(ids) for ids in batch.input_ids]).to(self.model.device)  # (C, S)
         try:
             padded = pad_tokens(batch.input_ids, _PAD_ID).to(self.model.device)  # (C, S)
-            return encode(self.model, padded, mask)[mask]
+            return encode(self.model, padded, mask, self.layers)[mask]
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
                 raise
@@ -116,10 +122,11 @@ class Encoder:
         return torch.cat([self._states(half) for half in batch.halves()])
 
 
-@torch.no_grad()
-def encode(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """States (C, S, d) of contexts (C, S) padded on the right; those at padding positions are meaningless."""
-    return encode_states(model.base_model, input_ids, attention_mask)[0]
+def encode(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, layers: Sequence[int] = ()
+) -> torch.Tensor:
+    """States (C, S, d x layers) of contexts (C, S) padded on the right; those at padding positions are meaningless."""
+    return encode_states(model.base_model, input_ids, attention_mask, layers)[0]
 
 
 @contextlib.contextmanager

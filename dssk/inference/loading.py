@@ -27,6 +27,7 @@ from dssk.inference.faults import loading
 from dssk.inference.fingerprint import is_model
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.configuration import CrossAttnConfig
+from dssk.models.layers import LAST, layers_name
 from dssk.models.modeling import quiet_load_report
 from dssk.utils.hub_names import is_on_hub
 
@@ -72,6 +73,15 @@ def find_encoder(path: str | Path) -> tuple[str, str | None]:
     if isinstance(config, CrossAttnConfig) and config.cross_attn_only:
         return str(config.base_model_name_or_path), config.base_model_revision
     return str(folder.resolve()), None
+
+
+def find_encode_layer(path: str | Path) -> str:
+    """The layer whose states `path` reads, as a store writes it down: the last one's for a base."""
+    source: str | Path = str(path) if is_on_hub(str(path)) else find_model(path)
+    config: Any = load_config(source)
+    if not isinstance(config, CrossAttnConfig):
+        return LAST
+    return layers_name(config.encode_layers, config.num_hidden_layers)
 
 
 # --- configurations ----------------------------------------------------------------------------------------------

@@ -100,6 +100,28 @@ def layer_index(encode_layer: str | int | float, num_layers: int) -> int:
     )
 
 
+def layers_name(layers: Sequence[int], num_layers: int) -> str:
+    """How layers are written down beside what they encoded: `"last"`, `"18"`, `"10+18"`."""
+    return "+".join(LAST if layer == num_layers else str(layer) for layer in layers)
+
+
+def named_layers(name: str, num_layers: int) -> tuple[int, ...]:
+    """The layers of a text such as `layers_name` gives; shares of the depth will do, too.
+
+    Raises `ValueError` for layers that the model does not have.
+    """
+    return tuple(layer_index(_number(part), num_layers) for part in name.split("+"))
+
+
+def _number(text: str) -> str | int | float:
+    if text.isdecimal():
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 class _Reached(Exception):
     """Ends a forward pass at the last layer that is wanted."""
 

@@ -13,6 +13,7 @@ from dssk.inference.fingerprint import model_fingerprint, tokenizer_hash
 from dssk.inference.loading import device, load, load_base_config
 from dssk.inference.rounding import StorageDtype
 from dssk.inference.tokenizer import load_tokenizer, template_version, tokenize_contexts
+from dssk.models.layers import LAST, named_layers
 from dssk.models.shapes import window
 from dssk.store.manifest import Encoding
 from dssk.store.opening import check_model
@@ -29,7 +30,11 @@ class Encoded(NamedTuple):
 
 
 def describe_encoding(
-    model: str, revision: str | None, storage_dtype: StorageDtype, maximum_input_length: int | None
+    model: str,
+    revision: str | None,
+    storage_dtype: StorageDtype,
+    maximum_input_length: int | None,
+    encode_layer: str = LAST,
 ) -> dict[str, Any]:
     """The fields of `Encoding` for what `model`, a base or a fused model, will encode.
 
@@ -47,7 +52,8 @@ def describe_encoding(
         model_revision=getattr(config, "_commit_hash", None),
         model_fingerprint=model_fingerprint(model, config, revision),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        hidden_size=config.hidden_size,
+        hidden_size=config.hidden_size * len(named_layers(encode_layer, config.num_hidden_layers)),
+        encode_layer=encode_layer,
         model_dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         storage_dtype=storage_dtype,
         template_version=template_version(tokenizer),
@@ -64,7 +70,8 @@ class TextEncoder:
         model, self._tokenizer = load(path, revision, dtype=dtype, device=device())
         self._longest = encoding.maximum_input_length
         storage_dtype = cast(StorageDtype, encoding.storage_dtype)
-        self._encoder = Encoder(model, self._tokenizer, storage_dtype, self._longest)
+        layers = named_layers(encoding.encode_layer, model.config.num_hidden_layers)
+        self._encoder = Encoder(model, self._tokenizer, storage_dtype, self._longest, layers)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return tokenize_contexts(self._tokenizer, list(texts))

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.loading import find_encoder
+from dssk.inference.loading import find_encode_layer, find_encoder
 from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
@@ -110,7 +110,8 @@ class ContextLibrary:
                 raise DsskError(
                     f"no library of contexts at {path}: to begin one, name the model that encodes"
                 )
-            encoding = describe_encoding(*self._model, storage_dtype, maximum_input_length)
+            layer = find_encode_layer(model)  # type: ignore[arg-type]
+            encoding = describe_encoding(*self._model, storage_dtype, maximum_input_length, layer)
             self._create(Manifest(**encoding, segments=[], files={}))
         self._open()
         if model:
@@ -122,7 +123,7 @@ class ContextLibrary:
 
     def check_model(self, model: str | Path) -> None:
         """Raise `DsskError` if `model` cannot read these contexts, because another base encoded them."""
-        check_model(self.manifest, *find_encoder(model))
+        check_model(self.manifest, *find_encoder(model), find_encode_layer(model))
 
     # --- reading -----------------------------------------------------------------------------------------------
 

@@ -94,7 +94,8 @@ class Encoding(Strict):
     template_version: Positive = Field(description="of the prompts as they are tokenized")
     maximum_input_length: Positive = Field(description="tokens that a context is cut to")
     encode_layer: str = Field(
-        default=LAST_LAYER, description="whose output the states are; the last one's are taken after its norm"
+        default=LAST_LAYER,
+        description="whose input the states are, or last: after the final norm; two stand behind one another, 10+18",
     )
 
 

@@ -70,14 +70,15 @@ def check_model(
 ) -> None:
     """Raise `DsskError` unless `model_path`, a base or a fused model, made the encodings. Loads no weights.
 
-    `encode_layer` is the one whose output is to be read. A store of texts only suits every model.
+    `encode_layer` is the one whose states are to be read. A store of texts only suits every model.
     """
     if encoding.storage_dtype is None:
         return
     config: Any = load_base_config(model_path, revision, fused=True)
     tokenizer = load_tokenizer(model_path, revision)
-    if config.hidden_size != encoding.hidden_size:
-        difference = f"hidden size {encoding.hidden_size}, not {config.hidden_size}"
+    width = encoding.hidden_size // (encoding.encode_layer.count("+") + 1)
+    if config.hidden_size != width:
+        difference = f"hidden size {width}, not {config.hidden_size}"
     elif tokenizer_hash(tokenizer) != encoding.tokenizer_hash:
         difference = "another tokenizer"
     elif not is_model(encoding.model_fingerprint, model_path, config, revision):

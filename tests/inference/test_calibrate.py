@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+import dssk
 from dssk.errors import Diverged, DsskError
 from dssk.inference.calibrate import (
     SHORTEST_TEXT,
     continuation_nll,
     divided,
     encode,
+    first_tokens,
     fit,
+    fit_reader,
     load_maps,
     reader_for,
     scan,
@@ -141,3 +144,21 @@ def test_states_are_fitted_as_they_are_stored():
         load_maps(reader, fit(model, reader, texts(6), [(2,)], dtype)[(2,)])
         maps[dtype] = reader.up.weight.detach().clone()
     assert not torch.equal(maps["fp32"], maps["int8"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_model_is_fitted_as_the_base_alone_is(family, tmp_path):
+    plain = make_model(family, max_position_embeddings=256)
+    plain.save_pretrained(tmp_path)
+    model = dssk.from_base(tmp_path, reader="merged", encode_layer=2)
+    explained = fit_reader(model, texts(20), num_tokens=1000)
+    assert 0 < explained < 1
+    reader = reader_for(plain, (2,))
+    load_maps(reader, fit(plain, reader, first_tokens(texts(20), 1000), [(2,)])[(2,)])
+    for name, value in reader.state_dict().items():
+        torch.testing.assert_close(model.cross_attn_blocks[0].state_dict()[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_first_tokens_cut_the_last_text():
+    assert first_tokens([[1, 2, 3], [4, 5, 6], [7]], 5) == [[1, 2, 3], [4, 5]]
+    assert first_tokens([[1, 2, 3]], 9) == [[1, 2, 3]]
