@@ -93,7 +93,7 @@ def file_fingerprint(path: Path) -> str:
 
 def _forward_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of a base's family that differ from its defaults, and decide what it computes."""
-    family = next(cls for cls in type(config).__mro__ if cls.__module__.startswith("transformers."))
+    family: Any = next(cls for cls in type(config).__mro__ if cls.__module__.startswith("transformers."))
     defaults = _without_bookkeeping(family().to_dict())
     settings = _without_bookkeeping(config.to_dict())
     differ = {name: settings[name] for name in settings.keys() & defaults if settings[name] != defaults[name]}
