@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.errors import DsskError
 from dssk.inference.faults import loading
+from dssk.utils.hub_names import is_on_hub
 
 # Tokens for fill-in-the-middle as StarCoder, SantaCoder and Qwen spell them: prefix, middle, suffix, padding.
 FIM_SPELLINGS = tuple(
@@ -23,6 +24,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     That is its own, or the one for fill-in-the-middle, or end of text. All of them would do: padding is known by
     the lengths of the rows and never by its id, so that end of text stays in the loss and the model learns to stop.
     """
+    is_on_hub(str(path), "tokenizer")  # refuses what is neither there nor here
     with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

@@ -95,7 +95,9 @@ def test_a_text_is_encoded_once_and_projected_once_for_all_its_questions(model, 
     encoded, projected = [], []
     encode, project = encoding.encode, model.project_context
     monkeypatch.setattr(
-        encoding, "encode", lambda model, ids, mask: encoded.append(ids.shape[0]) or encode(model, ids, mask)
+        encoding,
+        "encode",
+        lambda model, ids, *rest: encoded.append(ids.shape[0]) or encode(model, ids, *rest),
     )
     monkeypatch.setattr(
         model,

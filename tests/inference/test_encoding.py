@@ -51,11 +51,11 @@ def test_nothing_encodes_to_nothing(base, tokenizer):
 def test_a_batch_that_memory_does_not_hold_is_halved(base, tokenizer, monkeypatch):
     sizes = []
 
-    def small(model, input_ids, mask):
+    def small(model, input_ids, mask, *layers):
         sizes.append(len(input_ids))
         if len(input_ids) > 1:
             raise torch.OutOfMemoryError("too much")
-        return encode(model, input_ids, mask)
+        return encode(model, input_ids, mask, *layers)
 
     whole = Encoder(base, tokenizer).encode(TEXTS)
     monkeypatch.setattr(encoding, "encode", small)
@@ -85,7 +85,7 @@ def test_other_faults_stay_what_they_are(base, tokenizer, monkeypatch):
 
 
 def test_a_context_that_is_not_finite_is_named(base, tokenizer, monkeypatch):
-    def infinite(model, input_ids, mask):
+    def infinite(model, input_ids, *rest):
         return torch.full((*input_ids.shape, 32), 1e6)
 
     monkeypatch.setattr(encoding, "encode", infinite)
@@ -96,7 +96,7 @@ def test_a_context_that_is_not_finite_is_named(base, tokenizer, monkeypatch):
 
 
 def test_the_second_context_of_a_batch_is_the_one_named(base, tokenizer, monkeypatch):
-    def second_bad(model, input_ids, mask):
+    def second_bad(model, input_ids, *rest):
         states = torch.zeros((*input_ids.shape, 32))
         states[1, 0] = torch.inf
         return states
