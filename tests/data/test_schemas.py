@@ -85,6 +85,18 @@ def test_words_that_look_like_markup_stay_words_in_the_simplified_layout():
     assert qa_of("simplified", [Annotation(text)], text).context == "I <3 you , if a < b and <unk> ok"
 
 
+def test_an_answer_may_end_with_the_page_but_not_one_token_behind_it(layout):
+    row = wrap(layout, page([Annotation(PARAGRAPH, ["Ada Hill"])]))
+    tokens = row["document_text"].split(" ") if layout == "simplified" else row.get("document_tokens")
+    num_tokens = len(tokens or row["document"]["tokens"]["token"])
+    annotation = schemas._records(row["annotations"])[0]
+    annotation["long_answer"]["end_token"] = num_tokens
+    assert to_qa(RawRow("f:1", row | {"annotations": [annotation]})).context.endswith("The end .")
+    annotation["long_answer"]["end_token"] = num_tokens + 1
+    with pytest.raises(BadRow, match=f"answer .*{num_tokens + 1} in a document of {num_tokens} tokens"):
+        to_qa(RawRow("f:1", row | {"annotations": [annotation]}))
+
+
 # --- flat rows --------------------------------------------------------------------------------------------------
 
 

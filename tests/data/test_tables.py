@@ -72,7 +72,7 @@ def test_offsets_that_lead_out_of_the_table_are_damage(tmp_path):
     offsets, broken = struct.pack("<3i", 0, 50, 100), struct.pack("<3i", 0, 50, 1 << 30)
     assert content.count(offsets) == 1
     (tmp_path / "a.arrow").write_bytes(content.replace(offsets, broken))
-    with pytest.raises(DamagedData, match=r"a.arrow is damaged: .*: fetch it again"):
+    with pytest.raises(DamagedData, match=r"a.arrow is damaged: .*offset.*: fetch it again"):
         list(tables.rows(str(tmp_path / "a.arrow")))
 
 
