@@ -65,4 +65,6 @@ if __name__ == "__main__":
     if __spec__ is not None:  # None where this is run as a file
         old = OLD_NAMES.get(__spec__.name)  # `python -m` by a name of version 0.1
         __spec__.name = "dssk.__main__"  # what processes that are spawned later look for
+    # They have found this file; modules of today have some of these names.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OldNames)]
     sys.exit(main([old, *sys.argv[1:]] if old else None))
