@@ -1,7 +1,7 @@
 """Being stopped: by a scheduler's SIGTERM, by Ctrl-C, or by evaluations that get no better."""
 
+import os
 import signal
-import sys
 from types import FrameType
 from typing import Any
 
@@ -13,6 +13,8 @@ from dssk.training.best import is_exhausted
 from dssk.utils.ranks import launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STDERR = 2
+NOTICE = b"dssk: saving after this step; Ctrl-C again leaves at once\n"
 
 
 class LeaveTraining(Exception):
@@ -45,7 +47,7 @@ class StopRequest:
         if number == signal.SIGINT and launched() == 1:
             if self.received:
                 raise KeyboardInterrupt
-            print("dssk: saving after this step; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+            os.write(STDERR, NOTICE)  # print may be interrupted by this very call
         self.received = True
 
     def agreed(self) -> bool:

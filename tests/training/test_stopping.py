@@ -102,7 +102,7 @@ def load_state(folder) -> dict:
     return json.loads((latest_checkpoint(folder) / "trainer_state.json").read_text())
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch, at, capsys):
+def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch, at, capfd):
     monkeypatch.setattr("sys.argv", ["/x/trainval.py", "-e", "a group", "-r", "1", "--steps=6", "--reset=1"])
     at("training_step", 2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Preempted) as caught:
@@ -111,7 +111,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch, at, capsys):
         "stopped at step 3, saved: python trainval.py -e 'a group' --steps=6 goes on from there"
     )
     assert caught.value.exit_code == 75
-    assert "saving after this step" in capsys.readouterr().err
+    assert "saving after this step" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
