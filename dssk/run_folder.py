@@ -168,12 +168,10 @@ def scores_of(model: Path) -> dict[str, Any]:
     final one.
     """
     savedir, step = model.parent, model_step(model)
-    for folder in (model, savedir, savedir / f"checkpoint-{step}", savedir / FINAL):
-        scores = read_scores(folder)
-        if (
-            scores
-            and scores.get("step", model_step(savedir / FINAL if folder == savedir else folder)) == step
-        ):
+    others = () if step is None else (savedir, savedir / f"checkpoint-{step}", savedir / FINAL)
+    for folder in (model, *others):
+        implied = model_step(savedir / FINAL if folder == savedir else folder)
+        if (scores := read_scores(folder)) and scores.get("step", implied) == step:
             return scores
     return {}
 

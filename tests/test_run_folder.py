@@ -57,6 +57,14 @@ def test_scores_without_a_step_are_of_the_model_that_they_lie_in(savedir):
     assert em(savedir) == 0.9
 
 
+def test_a_model_that_says_no_step_has_the_scores_of_its_own_folder_alone(savedir):
+    (savedir / "model").mkdir()
+    write_scores(savedir, 0.5)
+    assert run_folder.scores_of(savedir / "model") == {}
+    write_scores(savedir / "model", 0.6)
+    assert run_folder.scores_of(savedir / "model")["with_context"]["em"] == 0.6
+
+
 def test_damaged_scores_are_none_in_a_table_and_an_error_where_they_are_asked_for(savedir):
     make_model(savedir / "final", 9)
     (savedir / "scores.json").write_text("[" * 100_000)
