@@ -20,8 +20,10 @@ from original import Original
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
-from dssk.inference.base import load_base
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.inference.auto import from_base
+from dssk.inference.loading import load_base
+from dssk.models.modeling import CrossAttnForCausalLM
+from dssk.models.shapes import kv_cache_values
 
 
 class Layout(NamedTuple):
@@ -49,20 +51,20 @@ LAYOUTS = {
     ),
     "medium": Layout("MEDIUM", 4, 2, cross_attn_final_layer=True),
     "medium_unshared": Layout("MEDIUM", 3, 3, cross_attn_shared_weights=False),
+    "small_llama": Layout("SMALL_LLAMA", 4, 1, cross_attn_final_layer=True),
 }
-GENERATION = ("small_narrow", "small", "small_multi_query", "medium")
-TRAINING = ("small", "small_before", "small_unshared", "medium", "medium_unshared")
+GENERATION = ("small_narrow", "small", "small_llama", "small_multi_query", "medium")
+TRAINING = ("small", "small_llama", "small_before", "small_unshared", "medium", "medium_unshared")
 QUESTION_TOKENS, NEW_TOKENS = 16, 24
-TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS, TRAIN_LABELS = 4, 512, 64, 16
+TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS = 4, 512, 64
+TRAIN_LABELS = (64, 16)  # labelled tokens of a row: all of them, as `loss_on: all` has it, or an answer's
 
 
-def fused(folder: Path, layout: str, implementation: str = "sdpa") -> CrossAttnGPTBigCodeForCausalLM:
+def fused(folder: Path, layout: str, implementation: str = "sdpa") -> CrossAttnForCausalLM:
     torch.manual_seed(1)
     fields = LAYOUTS[layout]._asdict()
     base = folder / fields.pop("size")
-    return CrossAttnGPTBigCodeForCausalLM.from_base(
-        base, cross_attn_init="normal", attn_implementation=implementation, **fields
-    ).eval()
+    return from_base(base, cross_attn_init="normal", attn_implementation=implementation, **fields).eval()
 
 
 def tokens(model, *shape: int) -> torch.Tensor:
@@ -96,9 +98,9 @@ class Latencies(BaseStreamer):
         pass
 
 
-def pass_through(model: CrossAttnGPTBigCodeForCausalLM) -> CrossAttnGPTBigCodeForCausalLM:
+def pass_through(model: CrossAttnForCausalLM) -> CrossAttnForCausalLM:
     """Let the blocks hand their input on: what is left is all that a context costs besides its arithmetic."""
-    for block in model.transformer.cross_attn:
+    for block in model.cross_attn_blocks:
         block.forward = lambda hidden_states, *context: hidden_states
     return model
 
@@ -200,15 +202,15 @@ def original_step(model, batch: dict[str, torch.Tensor]) -> None:
     model(batch["input_ids"], batch["states"], batch["mask"], batch["labels"]).backward()
 
 
-def training_batch(model) -> dict[str, torch.Tensor]:
-    """4 rows of 512 context and 64 decoder tokens, the last 16 labelled; one context is a quarter padding."""
+def training_batch(model, num_labels: int) -> dict[str, torch.Tensor]:
+    """4 rows of 512 context and 64 decoder tokens, the last of them labelled; one context is a quarter padding."""
     torch.manual_seed(2)
     ids = tokens(model, TRAIN_ROWS, TRAIN_TOKENS)
     labels = ids.clone()
-    labels[:, :-TRAIN_LABELS] = -100
+    labels[:, : TRAIN_TOKENS - num_labels] = -100
     mask = torch.ones(TRAIN_ROWS, TRAIN_CONTEXT, dtype=torch.bool)
     mask[-1, -TRAIN_CONTEXT // 4 :] = False
-    states = torch.randn(TRAIN_ROWS, TRAIN_CONTEXT, model.config.n_embd)
+    states = torch.randn(TRAIN_ROWS, TRAIN_CONTEXT, model.config.hidden_size)
     return {"input_ids": ids, "labels": labels, "states": states, "mask": mask}
 
 
@@ -216,39 +218,37 @@ def training_models(folder: Path, layout: str):
     return fused(folder, layout).train(), Original(fused(folder, layout, "eager").train())
 
 
-def training_flops(model) -> float:
+def training_flops(model, num_labels: int) -> float:
     """Floating-point operations of one of our training steps: products of matrices, forward and backward.
 
-    Frozen layers have no weight gradient, those below the lowest block no backward pass at all. In the last layer the
-    MLP, and the block after it, see labelled positions alone.
+    Frozen layers have no weight gradient, those below the lowest block no backward pass at all.
     """
     config = model.config
-    d, tokens_, contexts = config.n_embd, TRAIN_ROWS * TRAIN_TOKENS, TRAIN_ROWS * TRAIN_CONTEXT
+    d, tokens_, contexts = config.hidden_size, TRAIN_ROWS * TRAIN_TOKENS, TRAIN_ROWS * TRAIN_CONTEXT
     width = config.cross_attn_hidden_size
-    kv = 2 * (d // config.n_head if config.multi_query else d)
-    unlabelled = 1 - TRAIN_LABELS / TRAIN_TOKENS
+    kv = kv_cache_values(config) // config.num_hidden_layers
     mlp = 2 * tokens_ * 8 * d * d
     layer = 2 * tokens_ * (d * (d + kv) + d * d) + mlp + 4 * tokens_ * TRAIN_TOKENS * d
-    layers_with_backward = config.n_layer - min(config.cross_attn_layers) - config.cross_attn_final_layer
-    distinct = len(model.transformer.cross_attn)
-    positions = config.num_cross_attn_layers - (unlabelled if config.cross_attn_final_layer else 0)
+    layers_with_backward = (
+        config.num_hidden_layers - min(config.cross_attn_layers) - config.cross_attn_final_layer
+    )
+    distinct = len(model.cross_attn_blocks)
     kv_width = width // config.cross_attn_num_attention_heads * config.cross_attn_num_key_value_heads
     attention = 4 * tokens_ * TRAIN_CONTEXT * width  # scores and weighted values
     projections = 2 * contexts * d * 2 * kv_width  # keys and values: no gradient with respect to the states
     block = 2 * tokens_ * (2 * d * width + 8 * d * width)
-    head = 2 * TRAIN_ROWS * TRAIN_LABELS * d * config.vocab_size
+    head = 2 * TRAIN_ROWS * num_labels * d * config.vocab_size
     return (
-        layer * (config.n_layer + layers_with_backward)
-        - 2 * unlabelled * mlp
+        layer * (config.num_hidden_layers + layers_with_backward)
         + 2 * distinct * projections
-        + 3 * positions * (block + attention)
+        + 3 * config.num_cross_attn_layers * (block + attention)
         + 2 * head
     )
 
 
-def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> None:
+def bench_training(results: Results, folder: Path, layout: str, num_labels: int, rounds: int) -> None:
     model, original = training_models(folder, layout)
-    batch = training_batch(model)
+    batch = training_batch(model, num_labels)
     loss = model(
         batch["input_ids"],
         labels=batch["labels"],
@@ -261,7 +261,7 @@ def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> 
         atol=1e-4,
         rtol=1e-4,
     )
-    d = model.config.n_embd
+    d = model.config.hidden_size
     left, right = torch.randn(1024, d), torch.randn(d, 4 * d)
     seconds = interleaved(
         {
@@ -276,11 +276,14 @@ def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> 
         "rows": TRAIN_ROWS,
         "context": TRAIN_CONTEXT,
         "tokens": TRAIN_TOKENS,
-        "labels": TRAIN_LABELS,
+        "labels": num_labels,
     }
     ours, reference = seconds["ours"], seconds["original"]
     results.add(f"train_step_{layout}", 1e3 * ours, 1e3 * reference, reference / ours, "ms/step", **settings)
-    rate, peak = training_flops(model) / ours, 8 * 2 * left.numel() * right.shape[1] / seconds["matmul"]
+    rate, peak = (
+        training_flops(model, num_labels) / ours,
+        8 * 2 * left.numel() * right.shape[1] / seconds["matmul"],
+    )
     results.add(
         "train_flops_share",
         rate / 1e9,
@@ -289,7 +292,7 @@ def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> 
         "GFLOP/s, of a plain matrix product",
         **settings,
     )
-    memory = {which: peak_memory(folder, layout, which) for which in ("ours", "original")}
+    memory = {which: peak_memory(folder, layout, num_labels, which) for which in ("ours", "original")}
     results.add(
         f"train_peak_memory_{layout}",
         memory["ours"],
@@ -300,15 +303,16 @@ def bench_training(results: Results, folder: Path, layout: str, rounds: int) -> 
     )
 
 
-def peak_memory(folder: Path, layout: str, which: str) -> float:
+def peak_memory(folder: Path, layout: str, num_labels: int, which: str) -> float:
     """MB by which three training steps raise the peak of a fresh process."""
     command = [sys.executable, __file__, "--peak_memory", which, "--layout", layout, "--folder", str(folder)]
+    command += ["--labels", str(num_labels)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_peak_memory(folder: Path, layout: str, which: str) -> None:
+def print_peak_memory(folder: Path, layout: str, num_labels: int, which: str) -> None:
     model = fused(folder, layout, "sdpa" if which == "ours" else "eager").train()
-    batch = training_batch(model)
+    batch = training_batch(model, num_labels)
     step, model = (train_step, model) if which == "ours" else (original_step, Original(model))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory_status("VmRSS")
@@ -331,12 +335,13 @@ def main() -> None:
     parser.add_argument("--only", choices=["generation", "training"], help="one half of the rows")
     parser.add_argument("--peak_memory", choices=["ours", "original"], help=argparse.SUPPRESS)
     parser.add_argument("--layout", help=argparse.SUPPRESS)
+    parser.add_argument("--labels", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     if args.peak_memory:
-        return print_peak_memory(args.folder, args.layout, args.peak_memory)
+        return print_peak_memory(args.folder, args.layout, args.labels, args.peak_memory)
 
     start = time.perf_counter()
     results = Results("model")
@@ -350,8 +355,8 @@ def main() -> None:
                     bench_later_tokens(results, folder, layout, context_tokens, batch, args.rounds)
                 bench_against_prompt(results, folder, layout, args.rounds)
         if args.only != "generation":
-            for layout in TRAINING:
-                bench_training(results, folder, layout, args.rounds)
+            for layout, num_labels in itertools.product(TRAINING, TRAIN_LABELS):
+                bench_training(results, folder, layout, num_labels, args.rounds)
     results.write()
     print(f"{time.perf_counter() - start:.0f} s")
     return None

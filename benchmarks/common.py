@@ -12,21 +12,33 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict] = {
     "SMALL": {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 4096, "n_positions": 2048},
     "MEDIUM": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 49152, "n_positions": 2048},
+    # As wide and deep as SMALL, of another family, and with as many weights in a layer.
+    "SMALL_LLAMA": {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size": 683,
+        "vocab_size": 4096,
+        "max_position_embeddings": 2048,
+    },
 }
 
 
 def random_base(size: str, folder: Path) -> Path:
-    """Save a random GPTBigCode model of a size to `folder`."""
+    """Save a random model of a size to `folder`."""
     torch.manual_seed(0)
-    config = GPTBigCodeConfig(**SIZES[size], **NO_DROPOUT, bos_token_id=0, eos_token_id=0)
-    GPTBigCodeForCausalLM(config).save_pretrained(folder / size)
+    settings = {"model_type": "gpt_bigcode", "bos_token_id": 0, "eos_token_id": 0, **SIZES[size]}
+    settings |= NO_DROPOUT if settings["model_type"] == "gpt_bigcode" else {}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(folder / size)
     return folder / size
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dssk.models.cross_attention import CrossAttention
-from dssk.models.modeling import CrossAttnGPTBigCodeForCausalLM
+from dssk.models.modeling import CrossAttnForCausalLM
 
 
 class OriginalLayer(nn.Module):
@@ -19,11 +19,9 @@ class OriginalLayer(nn.Module):
         self.layer, self.block, self.final = layer, block, final
 
     def forward(self, hidden_states, *args, states=None, mask=None, **kwargs):
-        # The original class is called: ours would look for a context.
-        run = super(type(self.layer), self.layer).forward
         if not self.final:
             hidden_states = self.cross(hidden_states, states, mask)
-        hidden_states = run(hidden_states, **kwargs)
+        hidden_states = self.layer(hidden_states, **kwargs)  # no context is set: it is the base's own
         return self.cross(hidden_states, states, mask) if self.final else hidden_states
 
     def cross(self, hidden_states, states, mask):
@@ -35,7 +33,7 @@ def attend(attention: CrossAttention, hidden_states, states, mask):
     """Textbook multi-head attention with a full additive mask (B, H, T, S)."""
     rows, tokens, _ = hidden_states.shape
     queries = attention.q_attn(hidden_states).view(rows, tokens, attention.num_heads, -1).transpose(1, 2)
-    keys, values = attention.project_context(states)
+    keys, values = attention(states)
     scores = queries @ keys.transpose(2, 3) * attention.scaling
     blocked = torch.full_like(scores, torch.finfo(scores.dtype).min)
     scores = torch.where(mask[:, None, None, :].expand_as(scores), scores, blocked)
@@ -46,19 +44,18 @@ def attend(attention: CrossAttention, hidden_states, states, mask):
 class Original(nn.Module):
     """Takes over `model`, which must have been loaded with eager attention."""
 
-    def __init__(self, model: CrossAttnGPTBigCodeForCausalLM):
+    def __init__(self, model: CrossAttnForCausalLM):
         super().__init__()
         self.model = model
-        blocks = model.transformer.cross_attn
+        blocks, layers = model.cross_attn_blocks, model.base_model.decoder_layers()
         for number, index in enumerate(model.config.cross_attn_layers):
-            layer = model.transformer.h[index]
-            model.transformer.h[index] = OriginalLayer(
-                layer, blocks[number % len(blocks)], model.config.cross_attn_final_layer
+            layers[index] = OriginalLayer(
+                layers[index], blocks[number % len(blocks)], model.config.cross_attn_final_layer
             )
 
     def forward(self, input_ids, states, mask, labels):
         """The mean cross-entropy of labelled next tokens."""
-        hidden_states = self.model.transformer(
+        hidden_states = self.model.base_model(
             input_ids, use_cache=False, states=states, mask=mask
         ).last_hidden_state
         logits = self.model.lm_head(hidden_states).float()
