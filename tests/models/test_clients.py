@@ -237,7 +237,9 @@ def test_a_folder_loads_with_remote_code_and_without_importing_dssk(model, tmp_p
 
 
 def test_the_plain_base_comes_out_bit_for_bit(model, base_folder, tmp_path):
-    model.plain_base().save_pretrained(tmp_path)
+    plain, ids = model.plain_base(), torch.arange(3, 12)[None]
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    plain.save_pretrained(tmp_path)
     out, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, base_folder))
     assert type(out) is type(base)
     assert out.config.to_diff_dict() == base.config.to_diff_dict()
