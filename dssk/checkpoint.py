@@ -6,7 +6,6 @@ xxh3_128 of every other file. Without a manifest that fits, it does not exist fo
 
 import contextlib
 import copy
-import errno
 import json
 import os
 import re
@@ -150,12 +149,7 @@ def write_checkpoint(folder: Path, facts: dict[str, Any], num_bytes: int) -> Ite
     files.make_folder(folder)
     try:
         with files.machine_faults(folder):
-            try:
-                yield Writer(folder)
-            except Exception as error:
-                if "os error 28" in str(error):  # what libraries in Rust say of a full disk
-                    raise OSError(errno.ENOSPC, "disk full") from error
-                raise
+            yield Writer(folder)
         finish_checkpoint(folder, facts)
     except BaseException:
         with contextlib.suppress(OSError, DsskError):

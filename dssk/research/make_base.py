@@ -35,6 +35,7 @@ from dssk.errors import DsskError
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
+from dssk.utils.files import machine_faults
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 SETTINGS_FILE = "make_base.json"
@@ -317,10 +318,14 @@ def _save(
     """Write the folder beside its place and move it there, so that it is never seen half written."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    partial.rename(output)
+    try:
+        with machine_faults(output):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            (partial / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finished(output: Path, settings: Settings) -> bool:
@@ -358,5 +363,3 @@ def make_base_of(args: Namespace) -> None:
         return
     make_base(args.output, settings, pages)
     print(f"made {args.output}")
-
-

@@ -181,12 +181,15 @@ def machine_faults(path: Path) -> Iterator[None]:
     """Turn a full disk and a target that may not be written to into an `EnvironmentFault` that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except Exception as error:
+        # Libraries in Rust have errors of their own, and say so in the text.
+        if getattr(error, "errno", None) in _FULL or "os error 28" in str(error):
             free = shutil.disk_usage(path.parent).free
             raise EnvironmentFault(
                 f"disk full at {path} ({size(free)} free): make room, then start the same command again"
             ) from error
+        if not isinstance(error, OSError):
+            raise
         if error.errno in _NOT_ALLOWED:
             raise EnvironmentFault(f"cannot write {path}: {error.strerror}: choose another folder") from error
         if isinstance(error, FileExistsError | NotADirectoryError):

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTBigCodeConfig
 
 from dssk import prompts
 from dssk.commands.base import main
-from dssk.errors import DsskError
-from dssk.inference.base import load_base
+from dssk.errors import DsskError, EnvironmentFault
+from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import FIM_TOKENS, load_tokenizer
-from dssk.research import toy
+from dssk.research import make_base, toy
 from dssk.research.make_base import Memory, build_base, make_documents, make_tokenizer, read_pages
 
 STARCODER_TOKENIZER = Path("/work/shared/data/starcoder_tokenizer")
@@ -242,3 +242,18 @@ def test_an_impossible_shape_is_refused_in_words(tmp_path, flags, message):
     with pytest.raises(DsskError, match=message):
         main(["--output", str(tmp_path / "base"), *flags])
     assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error):
+    class Model:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "model.safetensors").touch()
+            raise error
+
+    with pytest.raises(EnvironmentFault, match="disk full at .*base"):
+        make_base._save(tmp_path / "base", Model(), None, None)
+    assert list(tmp_path.iterdir()) == []
