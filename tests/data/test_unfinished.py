@@ -1,6 +1,7 @@
 """Damage of an unfinished store: what goes on from it is as if it had never been interrupted."""
 
 import random
+import re
 import shutil
 
 import pytest
@@ -48,6 +49,21 @@ def test_every_flipped_byte_is_mended(unfinished, preprocess, tmp_path):
         path.write_bytes(content)
         assert tree(preprocess(copy, source)) == whole, f"{path} was changed"
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [(".staging/plan.json", "read"), ("contexts/data-00001-of-00005.json", "batch_size")],
+)
+def test_another_number_is_mended_too(unfinished, preprocess, tmp_path, name, field):
+    """One that would be taken for right by its type."""
+    cut, source, whole = unfinished
+    copy = shutil.copytree(cut, tmp_path / "copy")
+    (store,) = (copy / "processed_data").iterdir()
+    text = (store / name).read_text()
+    (store / name).write_text(re.sub(rf'"{field}": (\d+)', rf'"{field}": 1\1', text))
+    assert (store / name).read_text() != text
+    assert tree(preprocess(copy, source)) == whole
 
 
 def test_files_of_others_stay(unfinished, preprocess, tmp_path):
