@@ -25,7 +25,7 @@ def test_a_run_leaves_checkpoints_of_the_blocks_alone_and_a_fused_model(run, bas
     folder = run("--steps", "4", "--log_every", "2")
     assert {f.name for f in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert all(map(is_cross_attn, weights(folder / "checkpoint-4")))
-    assert {f.suffix for f in (folder / "checkpoint-4").iterdir()} == {".json", ".safetensors"}
+    assert {f.suffix for f in (folder / "checkpoint-4").iterdir()} == {".json", ".safetensors", ".py"}
     assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [2, 4]
     assert json.loads((folder / "exp_dict.json").read_text())["model_path"] == str(base_path)
     fused = weights(folder / "final")
