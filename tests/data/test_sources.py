@@ -59,6 +59,7 @@ def test_a_changed_file_changes_the_description(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x" * 300 + ".jsonl"])
 def test_a_name_that_no_file_can_have_is_one_short_line(name):
+    assert "dataset_contents" not in Source(name + "/" * 3).describe()
     with pytest.raises(DsskError) as caught:
         Source(name + "/" * 3).open()
     assert len(str(caught.value)) < 600
