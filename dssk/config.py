@@ -128,8 +128,8 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
         raise DsskError("experiment: fp16 and bf16 are both true, want at most one of them")
     if cfg.reader == "merged" and cfg.gradient_checkpointing:
         raise DsskError(
-            "experiment: gradient_checkpointing recomputes layers without their cache, where a merged reader reads: set "
-            "it to false"
+            "experiment: gradient_checkpointing recomputes layers without their cache, where a merged reader reads: "
+            "set it to false"
         )
     return cfg
 
