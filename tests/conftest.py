@@ -40,9 +40,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def byte_tokenizer(spelling: str = "<fim_{}>") -> PreTrainedTokenizerFast:
     """One token a byte, with StarCoder's special tokens and, like StarCoder's, without a padding token.
 
-    `spelling` is that of the tokens for fill-in-the-middle.
+    `spelling` is that of the tokens for fill-in-the-middle; in another than StarCoder's they have other ids.
     """
-    special_tokens = [SPECIAL_TOKENS[0], *(spelling.format(token[5:-1]) for token in SPECIAL_TOKENS[1:])]
+    names = [token[len("<fim_") : -1] for token in SPECIAL_TOKENS[1:]]
+    names = names if spelling == "<fim_{}>" else names[::-1]
+    special_tokens = [SPECIAL_TOKENS[0], *map(spelling.format, names)]
     vocabulary = special_tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

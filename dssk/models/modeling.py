@@ -516,7 +516,10 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
             plain = plain_class(plain_class.config_class(**self.config.base_dict()))
         plain.load_state_dict(self.base_state_dict(), assign=True)
         plain.tie_weights()
-        for name, module in plain.named_modules():  # what is no weight, such as the frequencies of rotary positions
+        for (
+            name,
+            module,
+        ) in plain.named_modules():  # what is no weight, such as the frequencies of rotary positions
             module._buffers.update(self.get_submodule(name)._buffers)
         plain.generation_config = self.generation_config
         return plain

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from dssk import errors
 from dssk.commands import preproc
-from dssk.inference.base import load_base
+from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import load_tokenizer
 from tests.conftest import make_base
 from tests.data.conftest import rows, stamps, tree, write_jsonl

@@ -111,9 +111,7 @@ def test_padding_and_permuting_context_tokens_change_nothing(seed, length, paddi
     order = torch.randperm(length + padding, generator=generator)
     padded = torch.cat([states, 100 * torch.randn(2, padding, 32, generator=generator)], 1)[:, order]
     mask = (torch.arange(length + padding) < length).expand(2, -1)[:, order]
-    torch.testing.assert_close(
-        ours(hidden, *ours(padded), mask)[0], plain, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(ours(hidden, *ours(padded), mask)[0], plain, atol=1e-5, rtol=1e-5)
 
 
 def test_flash_attention_gets_no_mask_and_a_masked_context_goes_through_sdpa(monkeypatch):
