@@ -186,3 +186,12 @@ def test_an_old_name_spawns_processes(tmp_path):
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.stdout == "3\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [("dssk", "jobs"), ("dssk.jobs.table",)])
+def test_a_command_finds_the_module_of_today_that_has_an_old_name(words):
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "nowhere"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dssk: error: no experiment in nowhere")
