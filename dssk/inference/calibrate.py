@@ -27,6 +27,7 @@ from dssk.models.layers import LAST, encode_states, find_layers, layer_inputs
 from dssk.models.merged import MergedContext, MergedReader, arguments, find_projections, normalized
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
+SCAN_TOKENS = 8_000  # that the maps of each layer are fitted on to compare them
 FIT_TOKENS = 20_000  # that maps are fitted on: some dozens for each dimension of a state
 MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
 CONTINUATION_TOKENS = 64  # of a held-out text that are scored
@@ -149,14 +150,18 @@ def scan(
     rank: int | None = None,
     report: Callable[[LayerScore], None] = lambda score: None,
 ) -> Scan:
-    """Fit maps of a rank (`None`: full ones) for every candidate, and score them; `report` hears of each score."""
+    """Fit maps of a rank (`None`: full ones) for every candidate, and score them; `report` hears of each score.
+
+    Layers are compared on `SCAN_TOKENS` tokens; the maps of the best are then fitted on all.
+    """
     beginnings = [text[:-CONTINUATION_TOKENS] for text in held_out]
     rests = [text[-CONTINUATION_TOKENS:] for text in held_out]
     scores: list[LayerScore] = []
     best: tuple[LayerScore, MergedReader] | None = None
+    few = first_tokens(texts, SCAN_TOKENS) if len(candidates) > 1 else list(texts)
     plain = reader_for(base, candidates[0])
     for group in _passes(base, plain, candidates):
-        sums = fit(base, plain, texts, group, storage_dtype)
+        sums = fit(base, plain, few, group, storage_dtype)
         encoded = [encode(base, beginning, group, storage_dtype) for beginning in beginnings]
         for candidate in group:
             reader = reader_for(base, candidate, rank)
@@ -171,6 +176,9 @@ def scan(
         raise Diverged(
             "no layer's states give a finite likelihood: compute with --dtype fp32, or mend the base"
         )
+    if few != list(texts):
+        layers = best[0].layers
+        load_maps(best[1], fit(base, best[1], texts, [layers], storage_dtype)[layers])
     return Scan(
         scores,
         prompted_nll=continuation_nll(base, beginnings, rests),

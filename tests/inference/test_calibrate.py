@@ -162,3 +162,15 @@ def test_a_fused_model_is_fitted_as_the_base_alone_is(family, tmp_path):
 def test_first_tokens_cut_the_last_text():
     assert first_tokens([[1, 2, 3], [4, 5, 6], [7]], 5) == [[1, 2, 3], [4, 5]]
     assert first_tokens([[1, 2, 3]], 9) == [[1, 2, 3]]
+
+
+def test_the_best_layer_is_fitted_again_on_all_texts(monkeypatch):
+    model, documents = make_model("llama", max_position_embeddings=256), texts(12)
+    monkeypatch.setattr("dssk.inference.calibrate.SCAN_TOKENS", 300)
+    found = scan(model, documents[:10], documents[10:], [(1,), (2,)])
+    whole = reader_for(model, found.best.layers)
+    load_maps(whole, fit(model, whole, documents[:10], [found.best.layers])[found.best.layers])
+    torch.testing.assert_close(found.reader.up.weight, whole.up.weight)
+    few = reader_for(model, found.best.layers)
+    load_maps(few, fit(model, few, first_tokens(documents, 300), [found.best.layers])[found.best.layers])
+    assert not torch.allclose(found.reader.up.weight, few.up.weight, atol=1e-3)
