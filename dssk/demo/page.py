@@ -21,7 +21,7 @@ from dssk.inference.loading import FusedModel, device, load_model
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.timing import Clock, wait_for
 from dssk.inference.tokenizer import tokenize_context, tokenize_question_after_context
-from dssk.models.cross_attention import ProjectedContext
+from dssk.models.modeling import Context
 from dssk.models.shapes import kv_cache_values, window
 from dssk.utils.files import size
 
@@ -44,7 +44,7 @@ class Encoded:
     text: str
     pieces: list[str]  # what was encoded of it, cut at its tokens
     states: torch.Tensor  # (S, d)
-    projected: ProjectedContext
+    projected: Context
     tokens: int  # of the whole text; more than S if it was cut
     seconds: float
 

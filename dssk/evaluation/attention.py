@@ -54,6 +54,8 @@ def attend(
 ) -> Attention:
     """What the heads attended to in `states` (S, d), one encoded context, for each token of `answer`.
 
+    With a merged reader these are the base's own heads, and the weights their shares among the context's tokens.
+
     The model is left as it was, its attention implementation included. `context_texts` cuts the context's text into
     the pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
     """
@@ -68,10 +70,13 @@ def attend(
             output_attentions=True,
             logits_to_keep=1,
         )
-    # The first token is predicted at the prompt's last position.
-    weights = torch.stack([block[0, :, len(prompt) - 1 :] for block in outputs.cross_attentions])
-    layers = sorted(model.config.cross_attn_layers)
-    return Attention(weights.float().cpu(), layers, _pieces(tokenizer, prompts.answer(answer)))
+    merged = model.config.reader == "merged"
+    found = outputs.attentions if merged else outputs.cross_attentions
+    # The first token is predicted at the prompt's last position. Merged, the context stands before the text.
+    weights = torch.stack([layer[0, :, len(prompt) - 1 :, : len(states)].float() for layer in found])
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12) if merged else weights
+    layers = model.config.reading_layers
+    return Attention(weights.cpu(), layers, _pieces(tokenizer, prompts.answer(answer)))
 
 
 @contextmanager
@@ -179,7 +184,7 @@ def evidence(
     if len(hits) < CHOOSING:
         return None
     return _measure(
-        sorted(model.config.cross_attn_layers),
+        model.config.reading_layers,
         torch.stack(hits).numpy(),
         torch.stack(first_hits).numpy(),
         torch.stack(masses).numpy(),

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from dssk.errors import DsskError
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Encoder
-from dssk.inference.generation import Tokens, context_batch, generate_batch
+from dssk.inference.generation import Tokens, contexts_together, generate_batch
 from dssk.inference.tokenizer import load_tokenizer, tokenize_question
-from dssk.models.cross_attention import ProjectedContext
 from dssk.models.modeling import CONTEXT_ARGUMENTS
+from dssk.models.modeling import Context as Projected
 from dssk.models.shapes import window
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
 
@@ -40,7 +40,7 @@ class Answers:
         Args:
             contexts: what the answer is to be found in: a text, encoder states (S, d), or a list of these, which
                 are encoded apart and attended to together. With several questions, a list of one such entry a
-                question, or one text, states or `ProjectedContext` for all. `None` asks the base.
+                question, or one text, states or projected context for all. `None` asks the base.
             tokenizer: with the padding token set, as `dssk.inference.tokenizer.load_tokenizer` does. If not given
                 it is loaded on each call from where the model was loaded from.
             generate: `batch_size` (32 questions), `show_progress`; the rest goes to `generate`. By default that is
@@ -63,13 +63,13 @@ def answer(
 ) -> str | list[str]:
     """What `Answers.answer` says."""
     if isinstance(questions, str):
-        one = contexts if isinstance(contexts, ProjectedContext) else [contexts]
+        one = contexts if isinstance(contexts, Projected) else [contexts]
         return answer(model, [questions], one, tokenizer, batch_size, show_progress, **generate)[0]
     _check(questions, generate)
     tokenizer = tokenizer or load_tokenizer(model.name_or_path)
     max_new_tokens = generate.pop("max_new_tokens", MAX_NEW_TOKENS)
     prompted = _tokenize(model, tokenizer, questions, max_new_tokens)
-    projected = contexts if isinstance(contexts, ProjectedContext) else None
+    projected = contexts if isinstance(contexts, Projected) else None
     states, groups = _states(model, tokenizer, None if projected else contexts, len(questions))
     answers = [""] * len(questions)
     bar = tqdm(
@@ -117,7 +117,7 @@ def _states(
 
     Each distinct text is encoded once.
     """
-    per_question = _per_question(contexts, count, model.config.hidden_size)
+    per_question = _per_question(contexts, count, model.config.hidden_size * len(model.config.encode_layers))
     texts = list(dict.fromkeys(c for several in per_question for c in several if isinstance(c, str)))
     encoded = dict(zip(texts, Encoder(model, tokenizer).encode(texts), strict=True))
     numbers: dict[tuple, int] = {}
@@ -132,9 +132,7 @@ def _per_question(contexts: Any, count: int, hidden_size: int) -> list[list[Cont
     """The contexts of each of `count` questions as a list."""
     if contexts is None or isinstance(contexts, Context):
         contexts = [contexts] * count
-    want = (
-        f"want a text, encoder states (tokens, {hidden_size}), a list of these, or a ProjectedContext for all"
-    )
+    want = f"want a text, encoder states (tokens, {hidden_size}), a list of these, or a projected context for all"
     if not isinstance(contexts, list | tuple):
         raise ValueError(f"contexts are {type(contexts).__name__}: {want}")
     if len(contexts) != count:
@@ -176,6 +174,5 @@ def _project(model: Any, states: list[States], groups: Sequence[int], rows: Sequ
     if not states[rows[0]]:
         return {}
     distinct = rows[:1] if len({groups[row] for row in rows}) == 1 else rows
-    joined = [torch.cat([s.to(model.device) for s in states[row]]) for row in distinct]
     with torch.no_grad():
-        return context_batch(model, joined)
+        return contexts_together(model, [states[row] for row in distinct])

@@ -88,6 +88,14 @@ def context_batch(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> dic
     return {"context": model.project_context(padded, mask)}
 
 
+def contexts_together(model: PreTrainedModel, states: Sequence[Sequence[torch.Tensor]]) -> dict[str, Any]:
+    """The same for several contexts a row, which are attended to together and in no order."""
+    if model.config.reader == "merged":  # positions of each context begin at 0
+        projected = context_batch(model, [s for several in states for s in several])["context"]
+        return {"context": projected.grouped([len(several) for several in states])}
+    return context_batch(model, [torch.cat([s.to(model.device) for s in several]) for several in states])
+
+
 def check_context(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise `ValueError` for a context that the model would not look at: a plain one ignores it without a word."""
     given = [name for name in CONTEXT_ARGUMENTS if arguments.get(name) is not None]

@@ -163,6 +163,13 @@ class CrossAttnConfig(_Base):
         last = self.num_hidden_layers - 1
         return [last - self.cross_attn_layers_stride * i for i in range(self.num_cross_attn_layers)]
 
+    @property
+    def reading_layers(self) -> list[int]:
+        """Decoder layers that attend to a context, lowest first: those with a block, or all for a merged reader."""
+        return (
+            list(range(self.num_hidden_layers)) if self.reader == "merged" else sorted(self.cross_attn_layers)
+        )
+
     def base_dict(self) -> dict[str, Any]:
         """The configuration of the base alone, as a plain model of its family would be given it."""
         values = self.to_dict()

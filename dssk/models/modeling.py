@@ -166,6 +166,7 @@ class CrossAttnPreTrainedModel(_Base):
     """What the backbone and the model with its LM head have in common; mixed in before a family's class."""
 
     config: Any
+    _no_split_modules: Any
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -304,7 +305,8 @@ class CrossAttnPreTrainedModel(_Base):
             return call(*args, **self._merge(context, kwargs, args))
         reading = self._reads(context)
         wanted = kwargs.get("output_attentions")
-        if not (getattr(self.config, "output_attentions", False) if wanted is None else wanted):
+        wanted = getattr(self.config, "output_attentions", False) if wanted is None else wanted
+        if reading is None or not wanted:
             return _reading.during(reading, call, *args, **kwargs)
         with _Attentions([block.attn for block in self.cross_attn_blocks]) as weights:
             output = _reading.during(reading, call, *args, **kwargs)
@@ -349,6 +351,7 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
             stack.__class__ = mixed(SkippedStack, stack.__class__)
         _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
         if self.config.reader == "merged":
+            self._no_split_modules = _without_blocks(self._no_split_modules)
             states = len(self.config.encode_layers)
             self.cross_attn = nn.ModuleList([MergedReader(self, states, self.config.reader_rank)])
             return
@@ -392,6 +395,8 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         backbone.__class__ = self.backbone_class
         backbone.place_blocks()
         backbone.post_init()
+        if config.reader == "merged":
+            self._no_split_modules = _without_blocks(self._no_split_modules)
         self.post_init()
         self.freeze_base()
 
@@ -637,6 +642,11 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         if context is not None:
             kwargs["context"] = context
         return super().generate(inputs, *args, **kwargs)
+
+
+def _without_blocks(names: Any) -> list[str]:
+    """Names of classes that are not split, for a model without blocks: sharding looks for each of them."""
+    return [name for name in names or () if name not in NO_SPLIT]
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:

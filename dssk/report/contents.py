@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from dssk.errors import DsskError
 from dssk.evaluation.attention import Evidence, evidence
 from dssk.inference.loading import device, find_model, load_model
+from dssk.models.configuration import num_attention_heads
 from dssk.report import costs, figures, samples
 from dssk.report.run_files import RunFiles
 from dssk.store.manifest import MANIFEST as STORE_MANIFEST
@@ -47,8 +48,13 @@ class Contents:
         self.model, tokenizer = load_model(folder, device=device())
         self.evidence = evidence(self.model, tokenizer, files.predictions)
         self.data["samples"] = samples.with_attention(self.model, tokenizer, chosen)
-        self.data["layers"] = sorted(self.model.config.cross_attn_layers)
-        self.data["heads"] = self.model.config.cross_attn_num_attention_heads
+        self.data["layers"] = self.model.config.reading_layers
+        merged = self.model.config.reader == "merged"
+        self.data["heads"] = (
+            num_attention_heads(self.model.config)
+            if merged
+            else self.model.config.cross_attn_num_attention_heads
+        )
         if self.evidence:
             self.data["best"] = [self.evidence.block, self.evidence.head + 1]
 

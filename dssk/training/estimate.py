@@ -84,10 +84,8 @@ def _activations(cfg: ExperimentConfig, config: Any) -> int:
     """Values kept for the backward pass of one micro-batch of the longest rows."""
     tokens = cfg.train_batch_size * cfg.context_size
     hidden, width = config.hidden_size, config.cross_attn_hidden_size
-    layers = config.num_hidden_layers - min(
-        config.cross_attn_layers
-    )  # below there is nothing to differentiate
-    blocks = len(config.cross_attn_layers)
+    layers = config.num_hidden_layers - config.reading_layers[0]  # below there is nothing to differentiate
+    blocks = 0 if config.reader == "merged" else len(config.cross_attn_layers)
     layer = KEPT_PER_LAYER * hidden + KEPT_OF_MLP * mlp_values(config)
     block = (
         KEPT_PER_LAYER + KEPT_OF_MLP * 4
@@ -123,8 +121,12 @@ def report(cfg: ExperimentConfig, run: RunArgs, exp_dict: dict[str, Any], data: 
         json.dumps(exp_dict, indent=2),
         f"base         {config.num_hidden_layers} layers x {config.hidden_size}, {num_attention_heads(config)} heads, "
         f"{need.frozen_parameters:,} parameters, frozen",
-        f"blocks       {side} decoder layers {', '.join(map(str, config.cross_attn_layers))}; "
-        f"{need.trained_parameters:,} parameters, trained ({need.trained_parameters / total:.2%})",
+        (
+            f"reader       merged, from states of layer {cfg.encode_layer}; "
+            if cfg.reader == "merged"
+            else f"blocks       {side} decoder layers {', '.join(map(str, config.cross_attn_layers))}; "
+        )
+        + f"{need.trained_parameters:,} parameters, trained ({need.trained_parameters / total:.2%})",
         f"step         {cfg.train_batch_size} rows x {cfg.skip_steps} accumulated x {ranks} ranks = {rows} rows, "
         f"at most {rows * cfg.context_size:,} tokens; {run.steps:,} steps",
         f"weights      {size(need.frozen)} frozen, {size(need.trained)} trained",
