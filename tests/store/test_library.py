@@ -380,9 +380,12 @@ def _write_until_killed(path, step: int) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(filled, monkeypatch):
     seen = set()
+    # A fork of this process, which has threads, could wait for a lock that one of them held.
+    workers = multiprocessing.get_context("forkserver")
+    workers.set_forkserver_preload(["tests.store.test_library"])
     for step in range(1, 40):
         copy = shutil.copytree(filled.path, filled.path.with_name(f"copy-{step}"))
-        process = multiprocessing.get_context("fork").Process(target=_write_until_killed, args=(copy, step))
+        process = workers.Process(target=_write_until_killed, args=(copy, step))
         process.start()
         process.join()
         again = ContextLibrary(copy)
