@@ -113,7 +113,7 @@ def line_in(error: BaseException, file: Path) -> int | None:
     """The last line of `file` that the error came through."""
     line, trace = None, error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(file):
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == file.resolve():
             line = trace.tb_lineno
         trace = trace.tb_next
     return line

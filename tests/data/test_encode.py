@@ -30,10 +30,10 @@ def forwards(monkeypatch):
     class Spy(list):
         fail = staticmethod(lambda shape: None)
 
-        def __call__(self, model, input_ids, attention_mask=None):
+        def __call__(self, model, input_ids, attention_mask=None, layers=()):
             self.fail(input_ids.shape)
             self.append(tuple(input_ids.shape))
-            return real(model, input_ids, attention_mask)
+            return real(model, input_ids, attention_mask, layers)
 
     spy = Spy()
     monkeypatch.setattr(encoding, "encode", spy)
