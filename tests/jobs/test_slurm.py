@@ -72,7 +72,7 @@ def test_without_accounting_what_squeue_forgot_is_gone_and_no_error(commands):
     [("7 0", "COMPLETED"), ("7 1", "FAILED"), ("7 75", "PREEMPTED"), ("8 0", None), ("", None)],
 )
 def test_a_job_leaves_word_of_its_end(tmp_path, text, state):
-    (tmp_path / slurm.ENDED).write_text(text)
+    (tmp_path / slurm.JOB_ENDED).write_text(text)
     assert slurm.ended_state(tmp_path, "7") == state
 
 
