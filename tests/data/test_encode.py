@@ -111,7 +111,7 @@ def test_nan_stops_the_work_and_names_the_context(tmp_path, preprocess, base_pat
 
 
 def test_a_value_too_large_for_the_storage_type_stops_the_work(tmp_path, preprocess, source, monkeypatch):
-    monkeypatch.setattr(encoding, "encode", lambda model, ids, mask: torch.full((*ids.shape, 32), 1e6))
+    monkeypatch.setattr(encoding, "encode", lambda model, ids, *rest: torch.full((*ids.shape, 32), 1e6))
     with pytest.raises(Diverged, match="as fp16"):
         preprocess(tmp_path / "fp16", source, storage_dtype="fp16")
     preprocess(tmp_path / "bf16", source, storage_dtype="bf16")
