@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from dssk.inference.answering import Answers
-from dssk.models.configuration import MODEL_TYPE
+from dssk.models.configuration import MODEL_TYPE, base_values
 from dssk.models.modeling import family_classes
 
 V01_MODEL_TYPE = "dssk_gpt_bigcode"  # what version 0.1 wrote, for its one family
@@ -80,13 +80,9 @@ def from_base(base: str | os.PathLike, revision: str | None = None, **kwargs: An
 
 def fused_config(base: PreTrainedConfig, **fields: Any) -> Any:
     """The configuration of a fused model on a base that `base` describes. Raises `ValueError` as `from_base` does."""
-    return family(checked_model_type(base, base.name_or_path)).config(**{**base_values(base), **fields})
-
-
-def base_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a base's configuration hands on to a fused one."""
-    ignored = ("model_type", "architectures", "transformers_version", "auto_map")
-    return {key: value for key, value in config.to_dict().items() if key not in ignored}
+    return family(checked_model_type(base, base.name_or_path)).config(
+        **{**base_values(base.to_dict()), **fields}
+    )
 
 
 def checked_model_type(config: PreTrainedConfig, name: str | os.PathLike) -> str:

@@ -215,6 +215,12 @@ __all__ = ["DsskConfig", "DsskForCausalLM", "DsskModel"]
 '''
 
 
+def base_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What a base's configuration hands on to a fused one."""
+    ignored = ("model_type", "architectures", "transformers_version", "auto_map")
+    return {key: value for key, value in values.items() if key not in ignored}
+
+
 def first_of(config: PreTrainedConfig, names: tuple[str, ...], default: Any = None) -> Any:
     """The first of several attributes that a configuration has: families name the same thing differently."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), default)

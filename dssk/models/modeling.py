@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput, cached_file
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from dssk.models.configuration import FIELDS, CrossAttnConfig
+from dssk.models.configuration import FIELDS, CrossAttnConfig, base_values
 from dssk.models.cross_attention import (
     CrossAttnBlock,
     CrossAttnLinear,
@@ -413,13 +413,12 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         values, _ = config_class.get_config_dict(base, revision=revision, **hub)
         if values.get("model_type") != config_class.model_type:
             raise ValueError(f"{base} is a {values.get('model_type')} model, want {config_class.model_type}")
-        for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-            values.pop(key, None)
         named = {
             "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
             "base_model_revision": revision,
         }
-        return cls._load_base(base, config_class(**{**values, **named, **ours}), revision=revision, **kwargs)
+        config = config_class(**{**base_values(values), **named, **ours})
+        return cls._load_base(base, config, revision=revision, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -2,64 +2,20 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dssk.models.layers import encode_states, find_layers
 from dssk.models.merged import MergedReader, arguments, find_projections
+from tests.families import tiny_config
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,  # at the usual 0.02 so small a model hardly tells inputs apart
-    "n_embd": 64,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 128,
-    "rotary_dim": 8,
-    "word_embed_proj_dim": 64,
-    "ffn_dim": 64,
-}
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-MOE = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 32,
-}
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 4},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 4},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 4},
-    "phi": {},
-    "phi3": {},
-    "starcoder2": {"sliding_window": 4},
-    "olmo2": {},
-    "smollm3": {},
-    "granite": {},
-    "cohere2": {"sliding_window": 4},
-    "glm4": {"head_dim": 16},
-    "gpt_neox": {},
-    "gpt2": {},
-    "gpt_bigcode": {},
-    "gptj": {},
-    "opt": {},
-    "falcon": {},
-    "bloom": {},
-    "stablelm": {},
-    "nemotron": {},
-    "deepseek_v3": {**MLA, **MOE, "first_k_dense_replace": 3, "num_key_value_heads": 4},
+FAMILIES: dict[str, dict] = {
+    **dict.fromkeys(
+        "llama qwen2 qwen3 phi phi3 olmo2 smollm3 granite glm4 gpt_neox gpt2 gpt_bigcode gptj opt falcon bloom "
+        "stablelm nemotron".split(),
+        {},
+    ),
+    **dict.fromkeys("mistral gemma2 gemma3_text starcoder2 cohere2".split(), {"sliding_window": 4}),
+    "deepseek_v3": {"first_k_dense_replace": 3},  # its experts follow from rounding
 }
 LENGTHS = [7, 4]  # tokens of two contexts
 S, T = 7, 5
@@ -67,14 +23,8 @@ S, T = 7, 5
 
 def make_model(family: str, **more):
     torch.manual_seed(0)
-    known = AutoConfig.for_model(family)
-    names = set(known.to_dict()) | set(known.attribute_map)
-    fields = {
-        name: value for name, value in {**SIZES, **FAMILIES.get(family, {}), **more}.items() if name in names
-    }
-    return (
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval().requires_grad_(False)
-    )
+    config = tiny_config(family, **{"initializer_range": 0.2, **FAMILIES.get(family, {}), **more})
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=FAMILIES)
