@@ -19,6 +19,17 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100  # letters of a value that a message shows
 
 
+class DecoderLora(BaseModel):
+    """Low-rank adapters of the decoder's linear layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    rank: int = Field(ge=1, description="width of each adapter")
+    alpha: float | None = Field(
+        default=None, gt=0, description="what an adapter adds is times alpha / rank; None: twice the rank"
+    )
+
+
 class ExperimentConfig(BaseModel):
     """One experiment, complete and checked. It has no defaults: `BASE_CONFIG` in `exp_configs.py` is their home.
 
@@ -71,6 +82,10 @@ class ExperimentConfig(BaseModel):
     )
     reader_rank: int | None = Field(
         default=None, ge=1, description="rank of a merged reader's maps; None: full"
+    )
+    decoder_lora: DecoderLora | None = Field(
+        default=None,
+        description='adapters of the decoder that act only while a context is read, {"rank": 16}; None: none',
     )
 
     context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
@@ -130,6 +145,11 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
         raise DsskError(
             "experiment: gradient_checkpointing recomputes layers without their cache, where a merged reader reads: "
             "set it to false"
+        )
+    if cfg.decoder_lora and cfg.gradient_checkpointing:
+        raise DsskError(
+            "experiment: gradient_checkpointing recomputes layers without what they read, where adapters do not act: "
+            "set it to false, or decoder_lora to null"
         )
     return cfg
 

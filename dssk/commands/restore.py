@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"wrote {args.output}: {len(context)} contexts of {tokens} tokens, {size(args.output.stat().st_size)}"
     )
+    if model.config.decoder_lora:
+        print(
+            f"the adapters of {args.checkpoint} (decoder_lora) are not in it: a plain engine answers without them"
+        )
 
 
 def find_states(args: Namespace, model: Any, tokenizer: Any) -> "list[torch.Tensor]":

@@ -64,6 +64,8 @@ class CrossAttnConfig(_Base):
         encode_layer: whose states are stored and read: `"last"`, after the final norm; a layer, whose input it is; a
             share of the depth; or a list of these, one state behind the other.
         reader_rank: width of a bottleneck that the maps of a merged reader share; `None` for full maps.
+        decoder_lora: low-rank adapters of the decoder's linear layers, which act only while a context is read:
+            `{"rank": 16}`, and at will `"alpha"` (twice the rank if not given): what they add is times alpha / rank.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
             model named by `base_model_name_or_path` and `base_model_revision`.
     """
@@ -83,6 +85,7 @@ class CrossAttnConfig(_Base):
     reader: str = "cross_attention"
     encode_layer: str | int | float | list = LAST
     reader_rank: int | None = None
+    decoder_lora: dict | None = None
     cross_attn_only: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -106,6 +109,8 @@ class CrossAttnConfig(_Base):
             self.cross_attn_norm = base_norm(config)
         if self.cross_attn_mlp == BASE:
             self.cross_attn_mlp = "plain" if config.model_type in _PLAIN_MLP else "gated"
+        if self.decoder_lora is not None:
+            self.decoder_lora = _checked_lora(**self.decoder_lora)
         self._check_layout()
 
     def _check_layout(self) -> None:
@@ -196,6 +201,15 @@ class CrossAttnConfig(_Base):
         super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, f"{REMOTE_MODULE}.py"), "w", encoding="utf-8") as file:
             file.write(REMOTE_CODE)
+
+
+def _checked_lora(rank: int = 0, alpha: float | None = None, **unknown: Any) -> dict[str, Any]:
+    """The settings of adapters, complete. Raises `ValueError` for others."""
+    alpha = 2 * rank if alpha is None else alpha
+    if unknown or not isinstance(rank, int) or rank < 1 or not alpha > 0:
+        given = {"rank": rank, "alpha": alpha, **unknown}
+        raise ValueError(f"decoder_lora is {given}, want a rank of at least 1, and at will an alpha above 0")
+    return {"rank": rank, "alpha": alpha}
 
 
 FIELDS = tuple(CrossAttnConfig.__annotations__)

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,8 +51,12 @@ class Mixed(_Base):
     """Mixed into a module's class when a model is made; see `mixed`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        mixin, cls = type(self).__bases__
-        return _restore, (mixin, cls), self.__getstate__()
+        cls: Any = type(self)
+        mixins = []
+        while cls.__bases__[0] in Mixed.__subclasses__():
+            mixin, cls = cls.__bases__
+            mixins.append(mixin)
+        return _restore, (cls, *reversed(mixins)), self.__getstate__()
 
 
 def mixed(mixin: Any, cls: Any) -> Any:
@@ -65,9 +69,28 @@ def _mixed(mixin: Any, cls: Any) -> Any:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
-def _restore(mixin: type, cls: type) -> Any:
-    made = mixed(mixin, cls)
+def _restore(cls: type, *mixins: type) -> Any:
+    made: Any = functools.reduce(lambda made, mixin: mixed(mixin, made), mixins, cls)
     return made.__new__(made)
+
+
+def extend(module: Any, mixin: type[Mixed], **attributes: Any) -> None:
+    """Mix a class in before a module's own, unless it is, and set attributes of the module."""
+    if not isinstance(module, mixin):
+        module.__class__ = mixed(mixin, module.__class__)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+class Reading(NamedTuple):
+    """What a fused model reads during a call."""
+
+    blocks: nn.ModuleList  # whose model it is: another one that is called meanwhile reads something else
+    context: Any  # the `ProjectedContext` that blocks attend to; None if it is in the cache
+    adapters: nn.ModuleDict | None  # of the decoder's projections
+
+
+reading = CallVariable("dssk_reading")  # a `Reading`, None without a context
 
 
 def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:

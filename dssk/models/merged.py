@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from dssk.models.layers import CallVariable, Mixed, find_layers, mixed
+from dssk.models.layers import CallVariable, Mixed, extend, find_layers
 
 # The modules that make keys and values from an attention's input, whatever attention they sit in. Where one makes the
 # queries as well, only the rows that keys and values come from are mapped.
@@ -64,6 +64,10 @@ class _Capture(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
+
+
+class ContextCache(DynamicCache):
+    """An ordinary cache that begins with a context; of a class of its own so that a model knows that it reads one."""
 
 
 class MappedProjection(Mixed):
@@ -167,7 +171,7 @@ class MergedContext:
     def cache(self, config: Any, rows: int | None = None) -> DynamicCache:
         """An ordinary cache for `rows` decoder rows (a multiple of C; C if not given), those of a context together."""
         repeats = self.repeats(len(self) if rows is None else rows)
-        cache = DynamicCache(config=config)
+        cache = ContextCache(config=config)
         for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if repeats > 1:
                 keys, values = (tensor.repeat_interleave(repeats, 0) for tensor in (keys, values))
@@ -370,20 +374,12 @@ def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int]]:
             mapped = (
                 whole if name in ("k_proj", "v_proj", "kv_a_proj_with_mqa") else whole - _query_width(config)
             )
-            _extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole)
+            extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole)
             widths.append((mapped, whole))
         if (query := next((m for n, m in layer.named_modules() if n.endswith("q_proj")), None)) is not None:
-            _extend(query, MappedProjection, merged_slot=None, merged_rows=_out_features(query))
-        _extend(layer, CapturedLayer)
+            extend(query, MappedProjection, merged_slot=None, merged_rows=_out_features(query))
+        extend(layer, CapturedLayer)
     return widths
-
-
-def _extend(module: Any, mixin: type, **attributes: Any) -> None:
-    if not isinstance(module, mixin):
-        cls: type = type(module)
-        module.__class__ = mixed(mixin, cls)
-    for name, value in attributes.items():
-        setattr(module, name, value)
 
 
 def _out_features(module: nn.Module) -> int:

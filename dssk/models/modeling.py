@@ -4,7 +4,7 @@ What is unusual here:
 - No class is written for a family. Mixins are put before the family's own classes (`dssk.inference.auto` does it),
   and before those of its layers when a model is made: names, forward passes and everything else stay the base's.
 - The base's weights keep their names, so any checkpoint of the family loads; all new ones live under `cross_attn.`
-  of the backbone, once each, however many decoder layers use them.
+  of the backbone (adapters of the decoder under `decoder_lora.`), once each, however many decoder layers use them.
 - A context is projected to keys and values once (`project_context`) and then shared by all tokens, beams and
   questions. With shared weights one projection also serves every layer.
 - Without a context the blocks are skipped: the model *is* its base, bit for bit.
@@ -36,9 +36,10 @@ from dssk.models.cross_attention import (
     CrossAttnOutput,
     ProjectedContext,
 )
-from dssk.models.layers import CallVariable, Mixed, encode_states, find_layers, mixed
+from dssk.models.decoder_lora import Adapter, place_adapters
+from dssk.models.layers import CallVariable, Mixed, Reading, encode_states, extend, find_layers, reading
 from dssk.models.loss import next_token_loss, shifted
-from dssk.models.merged import MergedContext, MergedLinear, MergedReader, arguments
+from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
 
 WEIGHTS_FILE = "model.safetensors"
 CONTEXT_ARGUMENTS = (
@@ -64,14 +65,13 @@ Context = ProjectedContext | MergedContext  # what `project_context` gives, by t
 
 
 def is_cross_attn(name: str) -> bool:
-    """Whether a parameter belongs to the cross-attention blocks: these are trained, saved apart and counted."""
-    return "cross_attn." in name
+    """Whether a parameter belongs to the reader or its adapters: these are trained, saved apart and counted."""
+    return "cross_attn." in name or "decoder_lora." in name
 
 
 # --- how a context reaches the layers -------------------------------------------------------------------------
 
 
-_reading = CallVariable("dssk_reading")  # (blocks, ProjectedContext): what the layers are to read
 _headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
 
 
@@ -83,10 +83,10 @@ class ReadingLayer(Mixed):
     training: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reading = _reading.get()
-        if reading is None or self.cross_attn_index is None:
+        now = reading.get()
+        if now is None or now.context is None or self.cross_attn_index is None:
             return super().__call__(*args, **kwargs)
-        blocks, context = reading
+        blocks, context, _ = now
         index = self.cross_attn_index
         # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
         read = functools.partial(
@@ -177,8 +177,22 @@ class CrossAttnPreTrainedModel(_Base):
         """The distinct sets of block weights, those of the highest layer first."""
         return self.base_model.cross_attn
 
+    @property
+    def decoder_adapters(self) -> nn.ModuleDict | None:
+        """Low-rank adapters of the decoder, which act while a context is read; None without `decoder_lora`."""
+        return self.base_model.decoder_lora
+
+    @property
+    def trained_modules(self) -> list[nn.Module]:
+        """All that is not the base's: what reads, and the decoder's adapters."""
+        return [module for module in (self.cross_attn_blocks, self.decoder_adapters) if module is not None]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Adapter):
+            init.kaiming_uniform_(module.down, a=5**0.5)  # as peft does
+            init.zeros_(module.up)
+            return
         if isinstance(module, MergedReader):
             init.zeros_(module.shift)
             init.ones_(module.scale)
@@ -200,7 +214,7 @@ class CrossAttnPreTrainedModel(_Base):
             init.zeros_(module.bias)
 
     def freeze_base(self) -> None:
-        """Leave gradients to the cross-attention blocks alone."""
+        """Leave gradients to the reader and its adapters alone."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_cross_attn(name))
 
@@ -209,9 +223,10 @@ class CrossAttnPreTrainedModel(_Base):
         super().train(False)
         backbone: Any = self.base_model
         self.training = backbone.training = mode
-        backbone.cross_attn.train(mode)
-        if self.config.reader == "merged":
-            return self  # gradient checkpointing would take the cache away, and with it the context
+        for module in self.trained_modules:
+            module.train(mode)
+        if self.config.reader == "merged" or self.config.decoder_lora:
+            return self  # gradient checkpointing would take away what is read: the cache, or the adapters' context
         # Gradient checkpointing looks at a layer's own flag. Below the lowest block there is nothing to differentiate.
         for layer in backbone.decoder_layers()[min(self.config.cross_attn_layers) :]:
             layer.training = mode
@@ -242,7 +257,7 @@ class CrossAttnPreTrainedModel(_Base):
             mask = hide_tokens(tokens, self.config.cross_attn_dropout_prob)
         if self.config.reader == "merged":
             hidden = None if tokens is None or mask is None else tokens & ~mask
-            return _reading.during(None, self.cross_attn_blocks[0], self.base_model, states, tokens, hidden)
+            return reading.during(None, self.cross_attn_blocks[0], self.base_model, states, tokens, hidden)
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(keys[0].device))
 
@@ -254,7 +269,7 @@ class CrossAttnPreTrainedModel(_Base):
 
         Nothing above that layer is computed. Padding may stand on either side, the states of a context are the same.
         """
-        return _reading.during(
+        return reading.during(
             None, encode_states, self.base_model, input_ids, attention_mask, self.config.encode_layers
         )
 
@@ -292,24 +307,27 @@ class CrossAttnPreTrainedModel(_Base):
         text = kwargs["inputs_embeds"] if text is None else text
         return kwargs | arguments(self, context, kwargs.get("attention_mask"), *text.shape[:2])
 
-    def _reads(self, context: ProjectedContext | None) -> tuple[Any, ProjectedContext] | None:
-        """What the layers are to read; what they read already stays, if it was projected by this model."""
+    def _reads(self, context: Context | None, kwargs: dict[str, Any]) -> Reading | None:
+        """What is to be read; what is read already stays, if it was projected by this model."""
+        blocks = self.cross_attn_blocks
+        if isinstance(context, MergedContext) or isinstance(kwargs.get("past_key_values"), ContextCache):
+            return Reading(blocks, None, self.decoder_adapters)
         if context is not None:
-            return self.cross_attn_blocks, context
-        reading = _reading.get()
-        return reading if reading is not None and reading[0] is self.cross_attn_blocks else None
+            return Reading(blocks, context, self.decoder_adapters)
+        now = reading.get()
+        return now if now is not None and now.blocks is blocks else None
 
     def _read_during(self, call: Callable, context: Context | None, *args: Any, **kwargs: Any) -> Any:
         """What `call`, a forward pass, returns while the layers read; with the blocks' attention if asked for."""
+        now = self._reads(context, kwargs)
         if isinstance(context, MergedContext):
-            return call(*args, **self._merge(context, kwargs, args))
-        reading = self._reads(context)
+            kwargs = self._merge(context, kwargs, args)
         wanted = kwargs.get("output_attentions")
         wanted = getattr(self.config, "output_attentions", False) if wanted is None else wanted
-        if reading is None or not wanted:
-            return _reading.during(reading, call, *args, **kwargs)
+        if now is None or now.context is None or not wanted:
+            return reading.during(now, call, *args, **kwargs)
         with _Attentions([block.attn for block in self.cross_attn_blocks]) as weights:
-            output = _reading.during(reading, call, *args, **kwargs)
+            output = reading.during(now, call, *args, **kwargs)
         if weights and isinstance(output, ModelOutput):
             output["cross_attentions"] = tuple(weights)
         return output
@@ -348,8 +366,10 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         """Make the blocks, and the layers read them."""
         stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)
         if stack is not self:
-            stack.__class__ = mixed(SkippedStack, stack.__class__)
+            extend(stack, SkippedStack)
         _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
+        lora = self.config.decoder_lora
+        self.decoder_lora = None if lora is None else place_adapters(decoder_layers, **lora)
         if self.config.reader == "merged":
             self._no_split_modules = _without_blocks(self._no_split_modules)
             states = len(self.config.encode_layers)
@@ -359,7 +379,7 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         distinct = 1 if self.config.cross_attn_shared_weights else len(layers)
         self.cross_attn = nn.ModuleList(CrossAttnBlock(self.config) for _ in range(distinct))
         for plain in decoder_layers:
-            plain.__class__ = mixed(ReadingLayer, plain.__class__)
+            extend(plain, ReadingLayer)
         for number, layer_idx in enumerate(layers):
             layer: Any = decoder_layers[layer_idx]
             layer.cross_attn_index = number % distinct
@@ -637,7 +657,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not isinstance(assistant, CrossAttnForCausalLM):
             # As an argument it would reach the assistant, too.
-            return _reading.during(self._reads(context), super().generate, inputs, *args, **kwargs)
+            return reading.during(self._reads(context, kwargs), super().generate, inputs, *args, **kwargs)
         if context is not None:
             kwargs["context"] = context
         return super().generate(inputs, *args, **kwargs)

@@ -156,7 +156,8 @@ def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> Cr
     """The base with new blocks. In mixed precision the frozen base is kept in half, the blocks in fp32."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16 if cfg.bf16 else torch.float32
     model = from_base(cfg.model_path, dtype=dtype, **cross_attn_fields(cfg))
-    model.cross_attn_blocks.float()
+    for module in model.trained_modules:
+        module.float()
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -296,6 +297,8 @@ def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
     reader = f"blocks {side} decoder layers {layers}"
     if model.config.reader == "merged":
         reader = f"merged, from states of layer {trainer.cfg.encode_layer}"
+    if lora := model.config.decoder_lora:
+        reader += f", and adapters of rank {lora['rank']} in the decoder"
     lines = [
         ("experiment", savedir.name),
         ("folder", str(savedir)),

@@ -64,7 +64,7 @@ class WandbReport(TrainerCallback):
         }
         self.run = start_run(self.savedir, where, self.exp_dict)
         if self.flags.wandb_log_gradients:
-            self.run.watch(model.cross_attn_blocks, log="gradients", log_freq=args.logging_steps)
+            self.run.watch(model.trained_modules, log="gradients", log_freq=args.logging_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.run is not None and logs:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from dssk.errors import DsskError
 from tests.conftest import VOCAB_SIZE, byte_tokenizer, encode_rows, experiment, question_rows
 from tests.families import tiny_base
-from tests.training.conftest import losses
+from tests.training.conftest import losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,19 @@ def test_maps_start_fitted_learn_and_load_from_a_checkpoint_and_a_fused_folder(r
     assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["encode_layer"] == 2
 
 
-def test_a_run_goes_on_from_its_checkpoint(run):
+def test_a_run_goes_on_from_its_checkpoint_maps_and_adapters(run):
     settings = {"cross_attn_dropout_prob": 0.0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
-    whole = losses(run("--steps", "4", "-r", "1", **settings))
+    settings["decoder_lora"] = {"rank": 2}
+    folder = run("--steps", "4", "-r", "1", **settings)
+    whole, trained = losses(folder), weights(folder / "checkpoint-4")
     run("--steps", "2", "-r", "1", **settings)
     resumed = losses(run("--steps", "4", **settings))
     assert resumed[4] == pytest.approx(whole[4], abs=1e-6)
+    assert any(name.endswith("decoder_lora.0_mlp_down_proj.up") and t.any() for name, t in trained.items())
+    again = weights(folder / "checkpoint-4")
+    assert all(torch.equal(again[name], trained[name]) for name in trained | again)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
+    assert all(torch.equal(loaded.state_dict()[name], trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,13 @@ def test_a_run_goes_on_from_its_checkpoint(run):
         ({"encode_layer": 7}, "want 'last', a layer from 1 to 3"),
         ({"gradient_checkpointing": True}, "set it to false"),
         ({"reader": "merge"}, "reader is 'merge'"),
+        ({"decoder_lora": {"rank": 0}}, "decoder_lora.rank is 0, input should be greater than"),
+        ({"decoder_lora": {"rank": 2, "targets": "all"}}, "unknown key decoder_lora.targets"),
+        ({"decoder_lora": 16}, "decoder_lora is 16, input should be a valid dictionary"),
+        (
+            {"decoder_lora": {"rank": 2}, "reader": "cross_attention", "gradient_checkpointing": True},
+            "where adapters do not act: set it to false",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_loaded(run, changes, message):

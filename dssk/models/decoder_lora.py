@@ -1,0 +1,66 @@
+"""Low-rank adapters of the decoder's linear layers (LoRA, arXiv 2106.09685), which act only while a context is read.
+
+The base stays what it is: encodings are made without adapters, and without a context no adapter is looked at. So a
+decoder can learn its task with its reader, and stores of the frozen base's states stay valid.
+
+peft would wrap each layer. Then the base's weights have other names (`q_proj.base_layer.weight`), in memory and on the
+disk, and an adapter is on or off for a model, not for a call: no two threads could read and encode. Here a mixin goes
+before the layer's own class, as for everything else that reads, and the adapters' weights lie apart from the base's.
+
+Only modules are adapted. Experts that lie in one tensor with three dimensions, as most families have them, are not.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dssk.models.layers import Mixed, extend, reading
+
+
+class Adapter(nn.Module):
+    """What is added to a linear layer's output: (..., inputs) -> (..., outputs), zero before training."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scaling: float):
+        super().__init__()
+        self.scaling = scaling
+        self.down = nn.Parameter(torch.empty(rank, inputs))
+        self.up = nn.Parameter(torch.empty(outputs, rank))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.linear(hidden_states.to(self.down.dtype), self.down)
+        return nn.functional.linear(inner * self.scaling, self.up)
+
+
+class AdaptedLinear(Mixed):
+    """Mixed into each linear layer of the decoder."""
+
+    adapter_name: str  # among the model's adapters
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = super().forward(hidden_states, *args, **kwargs)
+        now = reading.get()
+        if now is None or now.adapters is None:
+            return output
+        return output + now.adapters[self.adapter_name](hidden_states).to(output)
+
+
+def place_adapters(layers: nn.ModuleList, rank: int, alpha: float) -> nn.ModuleDict:
+    """Let the linear layers of decoder layers look for adapters, and make these: of a rank, times alpha / rank."""
+    adapters = nn.ModuleDict()
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                name = f"{index}_{path.replace('.', '_')}"
+                inputs, outputs = _sizes(module)
+                adapters[name] = Adapter(inputs, outputs, rank, alpha / rank)
+                extend(module, AdaptedLinear, adapter_name=name)
+    return adapters
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
