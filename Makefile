@@ -52,7 +52,7 @@ lint: install-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n 2 --durations=15
+	$(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 # A real Slurm of two nodes on this machine; tests/cluster/install_slurm.sh installs it.
 test-slurm: install-test

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -27,6 +28,7 @@ from exp_configs import BASE_CONFIG
 pytest_plugins = ["tests.browser"]
 
 os.umask(0o022)  # what the modes in the tests are written for
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
 ELSEWHERE = "Slurm's tests: make test-slurm; every launcher: make test-launchers"
 
 torch.set_num_threads(1)
@@ -157,6 +159,11 @@ def run_command(monkeypatch, capsys):
         return said.err if code else said.out
 
     return run_command
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: at the end, one of them would keep a single core busy."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
