@@ -15,8 +15,8 @@ from dssk.config import (
 )
 from dssk.errors import DsskError
 from dssk.inference.auto import family, fused_config
-from dssk.models.modeling import is_cross_attn
 from dssk.models.shapes import window
+from dssk.models.weights import is_cross_attn
 from dssk.training.published import PUBLISHED, published_config, table
 from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from dssk.inference.answering import Answers
 from dssk.models.configuration import MODEL_TYPE, base_values
-from dssk.models.modeling import family_classes
+from dssk.models.families import family_classes
 
 V01_MODEL_TYPE = "dssk_gpt_bigcode"  # what version 0.1 wrote, for its one family
 

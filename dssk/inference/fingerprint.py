@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from dssk.errors import DamagedData, DsskError
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from dssk.utils import hashes
 from dssk.utils.files import is_plain
 from dssk.utils.json_files import parse_json

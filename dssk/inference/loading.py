@@ -28,7 +28,7 @@ from dssk.inference.fingerprint import is_model
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.configuration import CrossAttnConfig
 from dssk.models.layers import LAST, layers_name
-from dssk.models.modeling import quiet_load_report
+from dssk.models.weights import quiet_load_report
 from dssk.utils.hub_names import is_on_hub
 
 CONFIG = "config.json"

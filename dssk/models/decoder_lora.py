@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dssk.models.layers import Mixed, extend, reading
+from dssk.models.layers import Mixed, extend
+from dssk.models.reading import reading
 
 
 class Adapter(nn.Module):

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -80,17 +80,6 @@ def extend(module: Any, mixin: type[Mixed], **attributes: Any) -> None:
         module.__class__ = mixed(mixin, module.__class__)
     for name, value in attributes.items():
         setattr(module, name, value)
-
-
-class Reading(NamedTuple):
-    """What a fused model reads during a call."""
-
-    blocks: nn.ModuleList  # whose model it is: another one that is called meanwhile reads something else
-    context: Any  # the `ProjectedContext` that blocks attend to; None if it is in the cache
-    adapters: nn.ModuleDict | None  # of the decoder's projections
-
-
-reading = CallVariable("dssk_reading")  # a `Reading`, None without a context
 
 
 def find_layers(backbone: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList]:

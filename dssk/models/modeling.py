@@ -12,24 +12,17 @@ What is unusual here:
 Shapes as in `cross_attention.py`: B decoder rows, T decoder tokens, C contexts, S context tokens, d hidden size.
 """
 
-import functools
-import inspect
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithCrossAttentions
-from transformers.utils import ModelOutput, cached_file
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from dssk.models.configuration import FIELDS, CrossAttnConfig, base_values
 from dssk.models.cross_attention import (
     CrossAttnBlock,
     CrossAttnLinear,
@@ -37,11 +30,21 @@ from dssk.models.cross_attention import (
     ProjectedContext,
 )
 from dssk.models.decoder_lora import Adapter, place_adapters
-from dssk.models.layers import CallVariable, Mixed, Reading, encode_states, extend, find_layers, reading
+from dssk.models.layers import encode_states, extend, find_layers
 from dssk.models.loss import next_token_loss, shifted
 from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
+from dssk.models.reading import (
+    Attentions,
+    Reading,
+    ReadingLayer,
+    Ready,
+    SkippedStack,
+    headed,
+    hide_tokens,
+    reading,
+)
+from dssk.models.weights import FusedWeights, is_cross_attn
 
-WEIGHTS_FILE = "model.safetensors"
 CONTEXT_ARGUMENTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
@@ -50,112 +53,7 @@ CONTEXT_ARGUMENTS = (
     "context",
 )
 NO_SPLIT = ("CrossAttnBlock", "CrossAttention")  # called apart: a context is projected outside the layers
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
-
-
 Context = ProjectedContext | MergedContext  # what `project_context` gives, by the reader
-
-
-def is_cross_attn(name: str) -> bool:
-    """Whether a parameter belongs to the reader or its adapters: these are trained, saved apart and counted."""
-    return "cross_attn." in name or "decoder_lora." in name
-
-
-# --- how a context reaches the layers -------------------------------------------------------------------------
-
-
-_headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
-
-
-class ReadingLayer(Mixed):
-    """Mixed into each decoder layer: one that carries a block lets it read the context, before or after itself."""
-
-    cross_attn_index: int | None = None  # which set of block weights; None for a layer without a block
-    cross_attn_final: bool = False
-    training: bool
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        now = reading.get()
-        if now is None or now.context is None or self.cross_attn_index is None:
-            return super().__call__(*args, **kwargs)
-        blocks, context, _ = now
-        index = self.cross_attn_index
-        # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
-        read = functools.partial(
-            _read, blocks[index], keys=context.keys[index], values=context.values[index], mask=context.mask
-        )
-        if self.cross_attn_final:
-            output = super().__call__(*args, **kwargs)
-            return (read(output[0]), *output[1:]) if isinstance(output, tuple) else read(output)
-        if args:
-            args = (read(args[0]), *args[1:])
-        else:
-            kwargs["hidden_states"] = read(kwargs["hidden_states"])
-        return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A layer above a block has its flag set, for gradient checkpointing looks at it; some families also look at
-        # it to drop out activations, and the base is frozen.
-        if not self.training:
-            return super().forward(*args, **kwargs)
-        self.training = False
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.training = True
-
-
-def _read(block: CrossAttnBlock, hidden_states: torch.Tensor, keys, values, mask) -> torch.Tensor:
-    # Positional: reentrant checkpointing tracks gradients of positional arguments alone.
-    return block(hidden_states, keys, values, mask)
-
-
-class SkippedStack(Mixed):
-    """Mixed into the module that runs the layers: hands on states that are ready when only the LM head is wanted."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        ready = _headed.get()
-        return super().forward(*args, **kwargs) if ready is None else _Ready(last_hidden_state=ready)
-
-
-class _Ready(BaseModelOutputWithPast):
-    """What a backbone would return; whatever else a family's LM head asks for is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def declare(forward: Callable, base: Callable, extra: tuple[str, ...]) -> Callable:
-    """`forward` with the documentation and the parameters of `base`, and `extra` ones on top.
-
-    Libraries look at a model's signature: transformers' generation and `Trainer`, peft, export.
-    """
-
-    @functools.wraps(base)
-    def declared(self, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    parameters = list(inspect.signature(base).parameters.values())
-    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    known = {p.name for p in named}
-    added = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in extra if n not in known
-    ]
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    declared.__signature__ = inspect.Signature([*named, *added, rest])  # type: ignore[attr-defined]
-    return declared
-
-
-# --- the models ------------------------------------------------------------------------------------------------
 
 
 # Mixins, which know what they are mixed into only as far as types go.
@@ -326,31 +224,11 @@ class CrossAttnPreTrainedModel(_Base):
         wanted = getattr(self.config, "output_attentions", False) if wanted is None else wanted
         if now is None or now.context is None or not wanted:
             return reading.during(now, call, *args, **kwargs)
-        with _Attentions([block.attn for block in self.cross_attn_blocks]) as weights:
+        with Attentions([block.attn for block in self.cross_attn_blocks]) as weights:
             output = reading.during(now, call, *args, **kwargs)
         if weights and isinstance(output, ModelOutput):
             output["cross_attentions"] = tuple(weights)
         return output
-
-
-class _Attentions:
-    """Collects the weights that modules attend with inside a block, in the order of the calls: lowest layer first."""
-
-    def __init__(self, modules: list[nn.Module]):
-        self.modules = modules
-
-    def __enter__(self) -> list[torch.Tensor]:
-        self.weights: list[torch.Tensor] = []
-        self.hooks = [module.register_forward_hook(self._note) for module in self.modules]
-        return self.weights
-
-    def _note(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        if len(args) > 1 and output[1] is not None:  # one argument alone: a context was projected
-            self.weights.append(output[1])
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
 
 class CrossAttnModel(CrossAttnPreTrainedModel):
@@ -391,13 +269,13 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's, with at most one kind of context (see `CrossAttnForCausalLM.forward`)."""
-        ready = _headed.get()
+        ready = headed.get()
         if ready is not None:
-            return _Ready(last_hidden_state=ready)
+            return Ready(last_hidden_state=ready)
         return self._read_during(super().forward, self._take_context(kwargs), *args, **kwargs)
 
 
-class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
+class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
     """A frozen language model that answers from cached contexts. Mixed in before a family's class.
 
     >>> model = dssk.from_base("bigcode/starcoderbase-1b", num_cross_attn_layers=6)
@@ -419,140 +297,6 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
             self._no_split_modules = _without_blocks(self._no_split_modules)
         self.post_init()
         self.freeze_base()
-
-    @classmethod
-    def from_base(cls, base: str | os.PathLike, revision: str | None = None, **kwargs: Any):
-        """Place new cross-attention blocks into the model at `base`, a folder or a name on the Hub.
-
-        `kwargs` are the fields of `CrossAttnConfig`; any other goes to `from_pretrained` (`dtype`, `device_map`,
-        ...). Raises `ValueError` for an impossible layout or a base of another kind.
-        """
-        ours = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
-        config_class: Any = cls.config_class
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        values, _ = config_class.get_config_dict(base, revision=revision, **hub)
-        if values.get("model_type") != config_class.model_type:
-            raise ValueError(f"{base} is a {values.get('model_type')} model, want {config_class.model_type}")
-        named = {
-            "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else str(base),
-            "base_model_revision": revision,
-        }
-        config = config_class(**{**base_values(values), **named, **ours})
-        return cls._load_base(base, config, revision=revision, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
-    ):
-        """Load a fused model, or cross-attention weights alone together with the base model they name.
-
-        `base_model` (a folder or a Hub name) overrides where the base is looked for.
-        """
-        path, base = pretrained_model_name_or_path, kwargs.pop("base_model", None)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        if not isinstance(config, CrossAttnConfig):
-            # As transformers does: what is a field of the configuration changes it, the rest is for the model, and
-            # so is the dtype, which may be "auto".
-            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-            config, kwargs = cls.config_class.from_pretrained(
-                path if config is None else config, return_unused_kwargs=True, **{**hub, **kwargs}
-            )
-            kwargs |= hub | dtype
-        load = super().from_pretrained
-        if config.cross_attn_only:
-            weights = _load_weights(path, kwargs.pop("variant", None), **hub)
-            for name in hub:
-                if name not in ("token", "cache_dir", "local_files_only"):
-                    kwargs.pop(name)
-            base = base or config.base_model_name_or_path
-            with_info = kwargs.pop("output_loading_info", False)
-            model = cls._load_base(base, config, revision=config.base_model_revision, **kwargs)
-            model.load_cross_attention(weights)
-            info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-            return (model, {**info, "error_msgs": []}) if with_info else model
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = load(path, *args, config=config, output_loading_info=True, **kwargs)
-        if missing := sorted(name for name in info["missing_keys"] if is_cross_attn(name)):
-            raise ValueError(f"{path} has no weights for {missing[0]} and {len(missing) - 1} more")
-        model.freeze_base()
-        return (model, info) if with_info else model
-
-    @classmethod
-    def _load_base(cls, base: str | os.PathLike, config: CrossAttnConfig, **kwargs: Any):
-        """Base weights under their own names; exactly the cross-attention weights are new."""
-        with quiet_load_report():  # checked below, more strictly
-            model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)
-        expected = {name for name in model.state_dict() if is_cross_attn(name)}
-        tied = set(model.all_tied_weights_keys)
-        if strange := ((set(info["missing_keys"]) - tied) ^ expected) | set(info["unexpected_keys"]):
-            raise ValueError(
-                f"{base} is not a plain {config.model_type} checkpoint: "
-                f"{len(strange)} keys, {sorted(strange)[0]}"
-            )
-        model.freeze_base()
-        if config.reader == "merged":
-            model.cross_attn_blocks[0].find_rows(model.base_model)
-        return model
-
-    def load_cross_attention(self, weights: dict[str, torch.Tensor]) -> None:
-        """Load cross-attention weights, exactly those this model has; raises `ValueError` for any other set."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if is_cross_attn(name)}
-        wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights]
-        wrong += [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-        if wrong:
-            raise ValueError(
-                f"cross-attention weights of another architecture: {len(wrong)} differ, {sorted(wrong)[0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-
-    def save_pretrained(
-        self, save_directory, *args: Any, cross_attn_only: bool = False, **kwargs: Any
-    ) -> None:
-        """Save the fused model, or with `cross_attn_only` the new weights and the name of their base: megabytes."""
-        if cross_attn_only:
-            if self.config.base_model_name_or_path is None:
-                raise ValueError(
-                    "this model names no base to place its blocks into, or its embeddings were resized: save it whole"
-                )
-            state_dict = kwargs.get("state_dict") or self.state_dict()
-            kwargs["state_dict"] = {name: t for name, t in state_dict.items() if is_cross_attn(name)}
-            kwargs["save_original_format"] = False  # the names of a family's published weights are not ours
-        was, self.config.cross_attn_only = self.config.cross_attn_only, cross_attn_only
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.cross_attn_only = was
-
-    def base_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights of the base alone, under its names."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not is_cross_attn(name)}
-
-    def plain_base(self) -> PreTrainedModel:
-        """A plain model of the base's family that shares its weights with this one."""
-        plain_class: Any = next(
-            c
-            for c in type(self).__mro__
-            if issubclass(c, PreTrainedModel) and not issubclass(c, CrossAttnPreTrainedModel)
-        )
-        with torch.device("meta"):
-            plain = plain_class(plain_class.config_class(**self.config.base_dict()))
-        plain.load_state_dict(self.base_state_dict(), assign=True)
-        plain.tie_weights()
-        for (
-            name,
-            module,
-        ) in plain.named_modules():  # what is no weight, such as the frequencies of rotary positions
-            module._buffers.update(self.get_submodule(name)._buffers)
-        plain.generation_config = self.generation_config
-        return plain
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.base_model_name_or_path = None  # its embeddings are others now
-        self.freeze_base()
-        return embeddings
 
     def trainable_parameters(self) -> tuple[int, int]:
         """How many parameters train, and how many there are in all."""
@@ -620,7 +364,7 @@ class CrossAttnForCausalLM(CrossAttnPreTrainedModel):
         Its head may have a bias, a soft cap or a scale, and may be wrapped: only its own code knows.
         """
         rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
-        logits = _headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
+        logits = headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
         return logits.view(*hidden_states.shape[:-1], -1)
 
     def _generate_after(
@@ -678,90 +422,3 @@ def _described(value: Any) -> str:
         if isinstance(value, torch.Tensor)
         else f"a {type(value).__name__}"
     )
-
-
-def hide_tokens(mask: torch.Tensor, prob: float) -> torch.Tensor:
-    """Hide each visible token of a boolean mask (C, S) with probability `prob`, but never a row's last visible one.
-
-    The token with the highest draw of its row always stays.
-    """
-    draws = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
-    return mask & ((draws >= prob) | (draws == draws.amax(-1, keepdim=True)))
-
-
-def _load_weights(path: str | os.PathLike, variant: str | None, **hub: Any) -> dict[str, torch.Tensor]:
-    """All safetensors weights of a folder or a Hub repository, in one file or in shards."""
-    import json
-
-    from safetensors.torch import load_file
-
-    stem = "model" if variant is None else f"model.{variant}"
-    found = cached_file(path, f"{stem}.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
-    if found is not None:
-        return load_file(found)
-    index = cached_file(
-        path, f"model.safetensors.index{'' if variant is None else '.' + variant}.json", **hub
-    )
-    shards = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
-    return {n: t for shard in shards for n, t in load_file(cached_file(path, shard, **hub)).items()}
-
-
-@contextmanager
-def quiet_load_report() -> Iterator[None]:
-    """Silence transformers' report on missing weights; its level is left alone, other checks look at it."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def drop(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
-
-
-# --- classes of a family ---------------------------------------------------------------------------------------
-
-
-def family_classes(
-    config_class: Any, backbone_class: Any, causal_class: Any, *more: Any
-) -> tuple[type, type, type]:
-    """The fused configuration, backbone and causal language model of a family; `more` is mixed into the last."""
-    fields = {name: getattr(CrossAttnConfig, name) for name in FIELDS}
-    config = type(
-        f"CrossAttn{config_class.__name__}",
-        (CrossAttnConfig, config_class),
-        {
-            "__annotations__": CrossAttnConfig.__annotations__,
-            "__doc__": CrossAttnConfig.__doc__,
-            "attribute_map": {
-                **config_class.attribute_map,
-                "n_cross_attn_layers": "num_cross_attn_layers",  # the published original's name
-            },
-            **fields,
-        },
-    )
-    shared = {"config_class": config}
-    backbone = type(
-        f"CrossAttn{backbone_class.__name__}",
-        (CrossAttnModel, backbone_class),
-        {
-            **shared,
-            "forward": declare(CrossAttnModel.forward, backbone_class.forward, CONTEXT_ARGUMENTS),
-            "_no_split_modules": [*(backbone_class._no_split_modules or []), *NO_SPLIT],
-        },
-    )
-    parameters = inspect.signature(causal_class.forward).parameters
-    causal = type(
-        f"CrossAttn{causal_class.__name__}",
-        (*more, CrossAttnForCausalLM, causal_class),
-        {
-            **shared,
-            "backbone_class": backbone,
-            "forward_parameters": tuple(parameters)[1:],
-            "forward": declare(CrossAttnForCausalLM.forward, causal_class.forward, CONTEXT_ARGUMENTS),
-            "_no_split_modules": [*(causal_class._no_split_modules or []), *NO_SPLIT],
-        },
-    )
-    return config, backbone, causal

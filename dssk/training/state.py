@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dssk.checkpoint import WEIGHTS_FILE
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from dssk.utils.json_files import read_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from dssk.checkpoint import MANIFEST, latest_checkpoint
 from dssk.config import experiment_id
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.conftest import (
     REPOSITORY,
     VOCAB_SIZE,

@@ -18,7 +18,7 @@ from dssk.commands import publish as publish_command
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, Diverged, DsskError
 from dssk.hub import publish
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.conftest import REPOSITORY, byte_tokenizer, experiment, fused
 from tests.hub import model_hub
 

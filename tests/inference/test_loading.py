@@ -13,7 +13,7 @@ from dssk.inference import loading
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import find_encoder, load, load_base, load_base_config, load_model
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.conftest import byte_tokenizer, fused, make_base
 
 

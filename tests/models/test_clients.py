@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 import dssk
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.families import tiny_base
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

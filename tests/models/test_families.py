@@ -11,7 +11,7 @@ import dssk
 from dssk.inference import auto
 from dssk.models.configuration import base_norm, norm_eps
 from dssk.models.cross_attention import CrossAttnGatedMLP
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.families import FAMILIES, VOCAB_SIZE, tiny_base, tiny_config
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

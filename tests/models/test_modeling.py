@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTBigCodeForCausal
 from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.cross_attention import CrossAttnOutput
-from dssk.models.modeling import hide_tokens, is_cross_attn
+from dssk.models.reading import hide_tokens
+from dssk.models.weights import is_cross_attn
 from tests.conftest import fused, make_base
 
 LAYOUTS = [

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import dssk
 from dssk.models.merged import MergedContext
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from tests.families import VOCAB_SIZE, tiny_base
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -13,7 +13,7 @@ from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import load_model
-from dssk.models.modeling import is_cross_attn
+from dssk.models.weights import is_cross_attn
 from dssk.store.dataset import load_rows
 from dssk.training.run import train
 from tests.conftest import encode_rows, experiment, make_base, question_rows

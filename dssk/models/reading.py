@@ -1,0 +1,111 @@
+"""How a context reaches the decoder layers: what is read during a call, and the mixins of what looks there."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dssk.models.cross_attention import CrossAttnBlock
+from dssk.models.layers import CallVariable, Mixed
+
+
+class Reading(NamedTuple):
+    """What a fused model reads during a call."""
+
+    blocks: nn.ModuleList  # whose model it is: another one that is called meanwhile reads something else
+    context: Any  # the `ProjectedContext` that blocks attend to; None if it is in the cache
+    adapters: nn.ModuleDict | None  # of the decoder's projections
+
+
+reading = CallVariable("dssk_reading")  # a `Reading`, None without a context
+headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
+
+
+class ReadingLayer(Mixed):
+    """Mixed into each decoder layer: one that carries a block lets it read the context, before or after itself."""
+
+    cross_attn_index: int | None = None  # which set of block weights; None for a layer without a block
+    cross_attn_final: bool = False
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = reading.get()
+        if now is None or now.context is None or self.cross_attn_index is None:
+            return super().__call__(*args, **kwargs)
+        blocks, context, _ = now
+        index = self.cross_attn_index
+        # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
+        read = functools.partial(
+            _read, blocks[index], keys=context.keys[index], values=context.values[index], mask=context.mask
+        )
+        if self.cross_attn_final:
+            output = super().__call__(*args, **kwargs)
+            return (read(output[0]), *output[1:]) if isinstance(output, tuple) else read(output)
+        if args:
+            args = (read(args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = read(kwargs["hidden_states"])
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A layer above a block has its flag set, for gradient checkpointing looks at it; some families also look at
+        # it to drop out activations, and the base is frozen.
+        if not self.training:
+            return super().forward(*args, **kwargs)
+        self.training = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = True
+
+
+def _read(block: CrossAttnBlock, hidden_states: torch.Tensor, keys, values, mask) -> torch.Tensor:
+    # Positional: reentrant checkpointing tracks gradients of positional arguments alone.
+    return block(hidden_states, keys, values, mask)
+
+
+class SkippedStack(Mixed):
+    """Mixed into the module that runs the layers: hands on states that are ready when only the LM head is wanted."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ready = headed.get()
+        return super().forward(*args, **kwargs) if ready is None else Ready(last_hidden_state=ready)
+
+
+class Ready(BaseModelOutputWithPast):
+    """What a backbone would return; whatever else a family's LM head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class Attentions:
+    """Collects the weights that modules attend with inside a block, in the order of the calls: lowest layer first."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.modules = modules
+
+    def __enter__(self) -> list[torch.Tensor]:
+        self.weights: list[torch.Tensor] = []
+        self.hooks = [module.register_forward_hook(self._note) for module in self.modules]
+        return self.weights
+
+    def _note(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        if len(args) > 1 and output[1] is not None:  # one argument alone: a context was projected
+            self.weights.append(output[1])
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def hide_tokens(mask: torch.Tensor, prob: float) -> torch.Tensor:
+    """Hide each visible token of a boolean mask (C, S) with probability `prob`, but never a row's last visible one.
+
+    The token with the highest draw of its row always stays.
+    """
+    draws = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    return mask & ((draws >= prob) | (draws == draws.amax(-1, keepdim=True)))
