@@ -14,10 +14,11 @@ from dssk.utils.flags import Parser, positive_int
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from dssk.evaluation.evaluate import evaluate_checkpoint
+    from dssk.research import toy
     from dssk.utils.console import quiet_libraries
 
     quiet_libraries()
-    evaluate_checkpoint(**vars(args))
+    evaluate_checkpoint(**vars(args), makers={"toy": toy.splits})
 
 
 def build_parser() -> Parser:
@@ -28,7 +29,8 @@ def build_parser() -> Parser:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data_path", metavar="DIR", help="folder that dssk preproc made")
     data.add_argument(
-        "--dataset", help="raw questions instead, as dssk preproc reads them; encoded on the fly"
+        "--dataset",
+        help="raw questions instead, as dssk preproc reads them, or `toy`; encoded on the fly",
     )
     parser.add_argument("--split", help="split to score (val)")
     parser.add_argument(

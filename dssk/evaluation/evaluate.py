@@ -5,7 +5,7 @@ not under the others. A run that was killed goes on where it stopped; `torchrun`
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation.predictions import Answers, answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import (
@@ -189,10 +190,11 @@ def evaluate_checkpoint(
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
     output: str | None = None,
+    makers: Mapping[str, Maker] | None = None,
 ) -> None:
     """What `dssk evaluate` does, as one process or as a rank of torchrun's; the arguments are its flags.
 
-    The questions are those of the store `data_path`, or of the raw data `dataset`.
+    The questions are those of the store `data_path`, or of the raw data `dataset`, which may be a name of `makers`.
     """
     chosen = control_list(controls)
     if data_path:
@@ -204,7 +206,7 @@ def evaluate_checkpoint(
         model, tokenizer = load_model(folder, device=device(ranks.local_rank))
         source = data_path or dataset or ""
         check_encodings(source, folder)
-        questions = load_questions(source, tokenizer, model.config, split, max_questions)
+        questions = load_questions(source, tokenizer, model.config, split, max_questions, makers)
         settings = {"checkpoint": checkpoint_fingerprint(folder)}
         scores = evaluate(
             model, tokenizer, questions, predictions, settings, batch_size, chosen, max_new_tokens, ranks

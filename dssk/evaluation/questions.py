@@ -4,7 +4,7 @@ A raw set's contexts are encoded as they are asked for, in batches, and rounded 
 those that its store would give.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,15 +65,16 @@ def load_questions(
     config: PreTrainedConfig,
     split: str | None = None,
     limit: int | None = None,
+    makers: Mapping[str, sources.Maker] | None = None,
 ) -> QuestionSet:
     """The questions of a store, or of raw data that preprocessing could read (a file, a folder, a name on the Hub).
 
     `split` is `val` if not given; raw data that is not divided is taken whole. At most `limit` rows are taken, spread
-    evenly. Raises `DsskError` for a split that is not there and for rows of no known schema.
+    evenly. `makers` make rows on the spot, by the name of their data set. Raises `DsskError` for a split that is not there and for rows of no known schema.
     """
     if (Path(path) / MANIFEST).is_file():
         return _from_store(path, tokenizer, config, split or "val", limit)
-    return _from_source(path, tokenizer, config, split, limit)
+    return _from_source(path, tokenizer, config, split, limit, makers or {})
 
 
 def _from_store(
@@ -109,8 +110,9 @@ def _from_source(
     config: PreTrainedConfig,
     split: str | None,
     limit: int | None,
+    makers: Mapping[str, sources.Maker],
 ) -> QuestionSet:
-    source = sources.Source(path)
+    source = sources.Source(path, makers=makers)
     found = source.open()
     name = split or ("val" if "val" in found else "all")
     if name not in found:

@@ -9,6 +9,7 @@ Train and val never share a paragraph, whatever the seeds: what a paragraph is a
 and the pairs of words are divided between the splits (`_in_val`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,21 +255,20 @@ def generate(split: str, num_examples: int, seed: int) -> list[dict]:
     """
     if split not in SPLITS:
         raise DsskError(f"no split {split!r} in the toy data, want one of {', '.join(SPLITS)}")
-    rows = []
-    for index in range(num_examples):
-        rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        paragraph = make_paragraph(split, rng)
-        rows.append(_nq_row(f"toy-{split}-{seed}-{index}", paragraph, make_question(paragraph, rng)))
-    return rows
+    return [_row(split, index, seed) for index in range(num_examples)]
 
 
-def splits(max_examples: int | None, seed: int) -> dict[str, list[dict]]:
-    """Both splits, with at most so many rows each."""
+def _row(split: str, index: int, seed: int) -> dict:
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    paragraph = make_paragraph(split, rng)
+    return _nq_row(f"toy-{split}-{seed}-{index}", paragraph, make_question(paragraph, rng))
+
+
+def splits(max_examples: int | None, seed: int) -> dict[str, Iterator[dict]]:
+    """Both splits, with at most so many rows each, which are made when they are read."""
     num_train = max_examples or TRAIN_ROWS
-    return {
-        "train": generate("train", num_train, seed),
-        "val": generate("val", min(num_train, VAL_ROWS), seed),
-    }
+    sizes = {"train": num_train, "val": min(num_train, VAL_ROWS)}
+    return {split: (_row(split, index, seed) for index in range(size)) for split, size in sizes.items()}
 
 
 def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]]]]:

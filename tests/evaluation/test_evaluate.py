@@ -265,3 +265,11 @@ def test_a_mistyped_control_is_named():
 def test_a_missing_store_is_refused(checkpoint, monkeypatch):
     with pytest.raises(DsskError, match="/nowhere: no such folder"):
         run_evaluate(monkeypatch, "--checkpoint", checkpoint, "--data_path", "/nowhere")
+
+
+def test_the_toy_is_made_on_the_spot_as_in_preprocessing(checkpoint, monkeypatch, tmp_path):
+    output = tmp_path / "scores.json"
+    flags = ("--max_questions", 2, "--max_new_tokens", 1, "--controls", "no_context", "--output", output)
+    run_evaluate(monkeypatch, "--checkpoint", checkpoint, "--dataset", "toy", *flags)
+    ids = [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert ids == ["toy-val-0-0", "toy-val-0-499"]
