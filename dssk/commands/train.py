@@ -76,7 +76,18 @@ def load_groups(file: Path, given: Groups | None) -> Groups:
     groups = getattr(load_module(file, "--exp_configs"), "EXP_GROUPS", None)
     if not isinstance(groups, dict) or not groups:
         raise DsskError(f"{file} defines no EXP_GROUPS: want a dict of lists of experiments")
+    if wrong := [name for name, experiments in groups.items() if not is_group(name, experiments)]:
+        raise DsskError(
+            f"{file}: EXP_GROUPS[{wrong[0]!r}] is no group: want a list of experiments, each a dict"
+        )
     return groups
+
+
+def is_group(name: Any, experiments: Any) -> bool:
+    """Whether this is a name of a group and a list of experiments, right or wrong ones."""
+    if not isinstance(name, str) or not isinstance(experiments, list) or not experiments:
+        return False
+    return all(isinstance(e, dict) and all(isinstance(key, str) for key in e) for e in experiments)
 
 
 def load_job_configs(file: Path, given: Any | None) -> Any:
@@ -123,9 +134,9 @@ def list_groups(groups: Groups) -> str:
     """The experiment groups, one a line."""
     width = max(map(len, groups))
     return "\n".join(
-        f"{name:{width}}  {experiments[0]['model_path']}, {experiments[0]['num_cross_attn_layers']} blocks at stride "
-        f"{experiments[0]['cross_attn_layers_stride']}, {experiments[0]['context_size']} tokens"
-        for name, experiments in groups.items()
+        f"{name:{width}}  {get('model_path')}, {get('num_cross_attn_layers')} blocks at stride "
+        f"{get('cross_attn_layers_stride')}, {get('context_size')} tokens"
+        for name, get in ((name, experiments[0].get) for name, experiments in groups.items())
     )
 
 

@@ -70,7 +70,8 @@ def load_questions(
     """The questions of a store, or of raw data that preprocessing could read (a file, a folder, a name on the Hub).
 
     `split` is `val` if not given; raw data that is not divided is taken whole. At most `limit` rows are taken, spread
-    evenly. `makers` make rows on the spot, by the name of their data set. Raises `DsskError` for a split that is not there and for rows of no known schema.
+    evenly. `makers` make rows on the spot, by the name of their data set. Raises `DsskError` for a split that is not
+    there and for rows of no known schema.
     """
     if (Path(path) / MANIFEST).is_file():
         return _from_store(path, tokenizer, config, split or "val", limit)

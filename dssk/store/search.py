@@ -1,18 +1,33 @@
 """Finding contexts by their words: a BM25 index in a folder of its own, memory-mapped."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import bm25s
 
+from dssk.errors import DamagedData, short
+
 _WORD = r"\w+"  # by default bm25s leaves out words of one character, such as digits
+
+
+@contextlib.contextmanager
+def _damage(folder: Path | None) -> Iterator[None]:
+    """Turn whatever bm25s finds wrong with its files, of which it checks none, into `DamagedData`."""
+    try:
+        yield
+    except Exception as error:  # reading the header of an array alone fails in many ways
+        raise DamagedData(
+            f"{folder} is no index of words: {type(error).__name__}: {short(error, 100)}"
+        ) from error
 
 
 class WordIndex:
     """Which texts have which words. Empty where there are none."""
 
-    def __init__(self, index: bm25s.BM25 | None):
+    def __init__(self, index: bm25s.BM25 | None, folder: Path | None = None):
         self._index = index
+        self._folder = folder  # that it was read from
 
     def __len__(self) -> int:
         """Texts."""
@@ -32,7 +47,10 @@ class WordIndex:
     @classmethod
     def load(cls, folder: Path) -> "WordIndex":
         """The index in a folder, of which only what a search needs is read."""
-        return cls(bm25s.BM25.load(str(folder), mmap=True))
+        with _damage(folder):
+            index = cls(bm25s.BM25.load(str(folder), mmap=True), folder)
+            len(index)
+        return index
 
     def save(self, folder: Path) -> None:
         """Write the index; nothing if it is empty."""
@@ -42,7 +60,10 @@ class WordIndex:
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
         """Numbers of at most `k` texts that share words with `question`, best first, and their scores."""
         (words,) = bm25s.tokenize([question], token_pattern=_WORD, return_ids=False, show_progress=False)
-        if self._index is None or not any(word in self._index.vocab_dict for word in words):
-            return []
-        rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)
-        return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if score > 0]
+        with _damage(self._folder):
+            if self._index is None or not any(word in self._index.vocab_dict for word in words):
+                return []
+            rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)
+            return [
+                (int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if score > 0
+            ]

@@ -94,7 +94,7 @@ def read_segment(path: Path, manifest: Manifest, rows: int) -> "SegmentFile":
     """The same for one that this process has just written."""
     try:
         return SegmentFile(path, cast(StorageDtype, manifest.storage_dtype), manifest.hidden_size, rows)
-    except (pa.ArrowException, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise DamagedData(
             f"{path} is no table of contexts as its manifest says ({said}): {repair(path.parent)}"

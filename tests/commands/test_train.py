@@ -53,6 +53,9 @@ def test_a_missing_file_is_named_with_what_to_do(here, capsys):
         ("x = 1\n\ny = nothing\n", "exp_configs.py:3: NameError: name 'nothing' is not defined"),
         ("EXP_GROUP = {}", "exp_configs.py defines no EXP_GROUPS"),
         ("EXP_GROUPS = []", "exp_configs.py defines no EXP_GROUPS"),
+        ("EXP_GROUPS = {'g': [[1]]}", "EXP_GROUPS['g'] is no group: want a list of experiments, each a dict"),
+        ("EXP_GROUPS = {'g': [{1: 2}]}", "EXP_GROUPS['g'] is no group"),
+        ("EXP_GROUPS = {'g': []}", "EXP_GROUPS['g'] is no group"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(here, capsys, content, message):

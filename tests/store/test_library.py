@@ -17,7 +17,7 @@ from dssk.inference.loading import load_base
 from dssk.store import library, verify
 from dssk.store.dataset import load_rows
 from dssk.store.library import ContextLibrary
-from dssk.store.manifest import lock
+from dssk.store.manifest import FileInfo, lock
 from dssk.store.opening import load_manifest
 from dssk.store.search import WordIndex
 from dssk.utils import files
@@ -285,6 +285,26 @@ def test_a_manifest_with_nonsense_is_refused(filled, changes):
     rewrite(filled.path, **changes)
     with pytest.raises(DamagedData):
         ContextLibrary(filled.path)
+
+
+def test_what_a_manifest_describes_and_is_none_of_it_is_refused(filled):
+    """Files that fit their checksums and nothing else."""
+    (segment,) = filled.manifest.segments
+    index = next(name for name in filled.manifest.files if name.endswith("indptr.csc.index.npy"))
+    filled.search("mill")
+    for name in (segment.name, index):
+        path = filled.path / name
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        info = {"num_bytes": path.stat().st_size, "xxh3_128": files.xxh3_128(path)}
+        if name == segment.name:
+            rewrite(filled.path, segments=[segment.model_copy(update=info)])
+        else:
+            rewrite(filled.path, files=filled.manifest.files | {name: FileInfo(**info)})
+        with pytest.raises(DamagedData, match="no (table of contexts|index of words)"):
+            ContextLibrary(filled.path).search("mill")
+        path.write_bytes(content)
+        (filled.path / "manifest.json").write_text(filled.manifest.to_json())
 
 
 def test_names_in_a_manifest_never_lead_outside(filled, tmp_path):
