@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import DatasetDict, Features, List, Value
@@ -30,10 +31,10 @@ from dssk.store.manifest import (
     Settings,
     load_shard_info,
 )
-from dssk.store.opening import check_sizes, load_manifest, verified
+from dssk.store.opening import check_sizes, load_manifest, repair, verified
 from dssk.store.segments import SegmentFile, context_features, open_segment
 from dssk.utils import files
-from dssk.utils.files import inside
+from dssk.utils.files import content_of, inside
 
 _DATASET_FILES = ("dataset_info.json", "state.json")
 
@@ -155,10 +156,22 @@ def _questions(folder: Path, manifest: Manifest, split: str) -> datasets.Dataset
     for name, info in manifest.files.items():
         if name.startswith(f"{split}/"):
             verified(folder, name, info)
-    state = json.loads((folder / split / "state.json").read_bytes())
-    for entry in state["_data_files"]:
-        inside(folder / split, entry["filename"])
-    return datasets.load_from_disk(str(folder / split))
+    with content_of(folder / split, repair(folder)):
+        state = json.loads((folder / split / "state.json").read_bytes())
+        for entry in state["_data_files"]:
+            inside(folder / split, entry["filename"])
+        table = datasets.load_from_disk(str(folder / split))
+        if table.features != QUESTION_FEATURES:
+            raise ValueError("other columns")
+        rows = table.data.column("context_index")
+        contexts = sum(segment.rows for segment in manifest.segments)
+        if (
+            manifest.segments
+            and len(table)
+            and not 0 <= pc.min(rows).as_py() <= pc.max(rows).as_py() < contexts
+        ):
+            raise ValueError(f"rows of contexts that are not among the {contexts}")
+        return table
 
 
 class FetchStates:

@@ -1,33 +1,21 @@
 """Finding contexts by their words: a BM25 index in a folder of its own, memory-mapped."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
 
-from dssk.errors import DamagedData, short
+from dssk.utils.files import content_of
 
 _WORD = r"\w+"  # by default bm25s leaves out words of one character, such as digits
-
-
-@contextlib.contextmanager
-def _damage(folder: Path | None) -> Iterator[None]:
-    """Turn whatever bm25s finds wrong with its files, of which it checks none, into `DamagedData`."""
-    try:
-        yield
-    except Exception as error:  # reading the header of an array alone fails in many ways
-        raise DamagedData(
-            f"{folder} is no index of words: {type(error).__name__}: {short(error, 100)}"
-        ) from error
 
 
 class WordIndex:
     """Which texts have which words. Empty where there are none."""
 
-    def __init__(self, index: bm25s.BM25 | None, folder: Path | None = None):
+    def __init__(self, index: bm25s.BM25 | None, folder: Path = Path()):
         self._index = index
-        self._folder = folder  # that it was read from
+        self._folder = folder  # that it was read from, if it was
 
     def __len__(self) -> int:
         """Texts."""
@@ -47,7 +35,7 @@ class WordIndex:
     @classmethod
     def load(cls, folder: Path) -> "WordIndex":
         """The index in a folder, of which only what a search needs is read."""
-        with _damage(folder):
+        with content_of(folder):
             index = cls(bm25s.BM25.load(str(folder), mmap=True), folder)
             len(index)
         return index
@@ -60,7 +48,7 @@ class WordIndex:
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
         """Numbers of at most `k` texts that share words with `question`, best first, and their scores."""
         (words,) = bm25s.tokenize([question], token_pattern=_WORD, return_ids=False, show_progress=False)
-        with _damage(self._folder):
+        with content_of(self._folder):
             if self._index is None or not any(word in self._index.vocab_dict for word in words):
                 return []
             rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)

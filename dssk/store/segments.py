@@ -14,11 +14,11 @@ import pyarrow as pa
 import torch
 from datasets import Features, Value
 
-from dssk.errors import DamagedData
 from dssk.inference.rounding import SCALE_DTYPE, TORCH_DTYPES, StorageDtype, dequantize
 from dssk.store.manifest import FileInfo, Manifest, Segment
 from dssk.store.opening import repair, verified
 from dssk.utils import files
+from dssk.utils.files import content_of
 
 
 def context_features(storage_dtype: StorageDtype) -> Features:
@@ -92,13 +92,8 @@ def open_segment(folder: Path, manifest: Manifest, segment: Segment) -> "Segment
 
 def read_segment(path: Path, manifest: Manifest, rows: int) -> "SegmentFile":
     """The same for one that this process has just written."""
-    try:
+    with content_of(path, repair(path.parent)):
         return SegmentFile(path, cast(StorageDtype, manifest.storage_dtype), manifest.hidden_size, rows)
-    except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        raise DamagedData(
-            f"{path} is no table of contexts as its manifest says ({said}): {repair(path.parent)}"
-        ) from error
 
 
 class SegmentFile:

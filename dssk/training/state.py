@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dssk.checkpoint import WEIGHTS_FILE
 from dssk.models.weights import is_cross_attn
+from dssk.utils.files import content_of
 from dssk.utils.json_files import read_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -129,6 +130,11 @@ def gather_run_state(trainer: Any) -> dict[str, Any]:
 
 def restore(trainer: Any, folder: Path) -> None:
     """Put weights, optimizer, scheduler and scaler of a checkpoint into a trainer whose model is wrapped already."""
+    with content_of(folder, "take an older checkpoint, or start afresh with -r 1"):
+        _restore(trainer, folder)
+
+
+def _restore(trainer: Any, folder: Path) -> None:
     weights = load_file(folder / WEIGHTS_FILE)
     moments = {name: tensor.float() for name, tensor in load_file(folder / OPTIMIZER_FILE).items()}
     _restore_weights(trainer, weights)
@@ -156,6 +162,11 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
 
 def restore_rank(trainer: Any, folder: Path) -> None:
     """Put back this rank's random numbers and running loss."""
+    with content_of(folder / STATE_FILE, "take an older checkpoint, or start afresh with -r 1"):
+        _restore_rank(trainer, folder)
+
+
+def _restore_rank(trainer: Any, folder: Path) -> None:
     saved = load_run_state(folder)
     ranks, me = saved["ranks"], trainer.args.process_index
     if len(ranks) == trainer.args.world_size:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import xxhash
 from filelock import FileLock, Timeout
 
-from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, short
 
 TEMP_PREFIX = ".tmp-"
 _TEMP = re.compile(r"\.tmp-[0-9a-f]{8}(-.*)?")
@@ -195,6 +195,21 @@ def machine_faults(path: Path) -> Iterator[None]:
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise DsskError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+@contextlib.contextmanager
+def content_of(path: Path, remedy: str = "bring it back from a copy") -> Iterator[None]:
+    """Turn whatever a library raises while it reads `path` into `DamagedData`.
+
+    For files whose checksums fit: they are as somebody wrote them, which need not have been us.
+    """
+    try:
+        yield
+    except (DsskError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {short(error, 150)}"
+        raise DamagedData(f"{path} does not hold what it should ({reason}): {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -88,7 +88,9 @@ class Campaign:
 
     def look(self, case: Case, done: Done, here: Path) -> list[Any]:
         """What a case left to be compared."""
-        seen: list[Any] = [done.out] if case.argv[0] != "train" else []  # that has times in it
+        seen: list[Any] = (
+            [done.out.replace(str(here), "HERE")] if case.argv[0] != "train" else []
+        )  # that has times in it
         for what in case.seen or ():
             if not isinstance(what, str):
                 seen += run(what, here)[1:4]

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from dssk.store.library import ContextLibrary
 from dssk.store.manifest import FileInfo
 from dssk.store.opening import check_model, load_manifest
 from tests.conftest import make_base
+from tests.faults.mutations import reseal_store
 
 FIELDS = ["id", "context", "question", "answer", "answers", "encoder_hidden_states"]
 
@@ -307,3 +309,30 @@ def test_names_in_a_manifest_never_lead_outside(damaged, tmp_path):
                 use(damaged)
         assert victim.read_text() == "dear"
         (damaged / "manifest.json").write_text(manifest.to_json())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train/state.json", b"{"),
+        ("train/dataset_info.json", b'{"features": {"id": {"dtype": "no type", "_type": "Value"}}}'),
+        ("train/data-00000-of-00001.arrow", b"no table"),
+    ],
+)
+def test_files_that_fit_their_checksums_and_nothing_else_are_damage(damaged, name, content):
+    (damaged / name).write_bytes(content)
+    reseal_store(damaged)
+    with pytest.raises(DamagedData, match=r"train does not hold what it should.*--discard"):
+        load_rows(damaged)
+
+
+def test_rows_of_contexts_that_are_not_there_are_damage(damaged):
+    (file,) = damaged.glob("train/*.arrow")
+    rows = datasets.Dataset.from_file(str(file)).data.table.to_pylist()
+    rows[0]["context_index"] = 40
+    schema = datasets.Dataset.from_file(str(file)).data.schema
+    with pa.ipc.new_stream(str(file), schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+    reseal_store(damaged)
+    with pytest.raises(DamagedData, match="rows of contexts that are not among the 40"):
+        load_rows(damaged)

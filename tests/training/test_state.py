@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dssk.errors import DamagedData
+from dssk.training import state
 from dssk.training.state import MomentRounding
 
 
@@ -68,3 +70,12 @@ def test_the_roundings_of_one_step_are_those_of_no_other():
         rounded.append(moments)
     assert not torch.equal(rounded[0]["exp_avg"], rounded[1]["exp_avg"])
     assert not torch.equal(rounded[0]["exp_avg"], rounded[0]["exp_avg_sq"])
+
+
+def test_a_checkpoint_that_fits_its_checksums_and_nothing_else_is_damage(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DamagedData, match="does not hold what it should.*-r 1"):
+        state.restore(None, tmp_path)
+    (tmp_path / state.STATE_FILE).write_text('{"ranks": 5}')
+    with pytest.raises(DamagedData, match="does not hold what it should.*-r 1"):
+        state.restore_rank(None, tmp_path)
