@@ -14,6 +14,8 @@ from dssk.errors import DsskError
 from dssk.utils.flags import nearest
 
 MAX_FAULTS = 8  # that one message names
+# Far above what anybody trains, and small enough to be reckoned with.
+MAX_WIDTH, MAX_ROWS = 2**20, 2**12
 MAX_KEY = 100  # letters of a key that are compared with the known ones
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100  # letters of a value that a message shows
@@ -24,7 +26,7 @@ class DecoderLora(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    rank: int = Field(ge=1, description="width of each adapter")
+    rank: int = Field(ge=1, le=MAX_WIDTH, description="width of each adapter")
     alpha: float | None = Field(
         default=None, gt=0, description="what an adapter adds is times alpha / rank; None: twice the rank"
     )
@@ -58,10 +60,14 @@ class ExperimentConfig(BaseModel):
         description="a block follows its decoder layer instead of preceding it"
     )
     cross_attn_shared_projections: bool = Field(description="queries and keys use one projection")
-    cross_attn_hidden_size: int | None = Field(ge=1, description="width of the blocks; None: the decoder's")
-    cross_attn_num_attention_heads: int | None = Field(ge=1, description="heads; None: the decoder's")
-    cross_attn_num_key_value_heads: Annotated[int, Field(ge=1)] | Literal["base"] | None = Field(
-        description="key/value heads; None: all heads; base: grouped as the decoder's"
+    cross_attn_hidden_size: int | None = Field(
+        ge=1, le=MAX_WIDTH, description="width of the blocks; None: the decoder's"
+    )
+    cross_attn_num_attention_heads: int | None = Field(
+        ge=1, le=MAX_WIDTH, description="heads; None: the decoder's"
+    )
+    cross_attn_num_key_value_heads: Annotated[int, Field(ge=1, le=MAX_WIDTH)] | Literal["base"] | None = (
+        Field(description="key/value heads; None: all heads; base: grouped as the decoder's")
     )
     cross_attn_norm: Literal["layer_norm", "rms_norm", "base"] = Field(
         default="layer_norm", description="norms of a block; base: the decoder's kind"
@@ -81,14 +87,16 @@ class ExperimentConfig(BaseModel):
         default="last", description="whose states are read: last, a layer, a share of the depth, or a list"
     )
     reader_rank: int | None = Field(
-        default=None, ge=1, description="rank of a merged reader's maps; None: full"
+        default=None, ge=1, le=MAX_WIDTH, description="rank of a merged reader's maps; None: full"
     )
     decoder_lora: DecoderLora | None = Field(
         default=None,
         description='adapters of the decoder that act only while a context is read, {"rank": 16}; None: none',
     )
 
-    context_size: int = Field(ge=8, description="most tokens of decoder text, and of a context's states")
+    context_size: int = Field(
+        ge=8, le=2**31, description="most tokens of decoder text, and of a context's states"
+    )
     include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")
     do_repetition_augmentations: bool = Field(description="append 'repeat ...' tasks to questions")
     loss_on: Literal["all", "answer"] = Field(
@@ -99,9 +107,9 @@ class ExperimentConfig(BaseModel):
     )
 
     group_by_length: bool = Field(description="rows of about equal length make a step: less padding")
-    train_batch_size: int = Field(ge=1, description="rows per device and micro-batch")
-    test_batch_size: int = Field(ge=1, description="rows per device in evaluation")
-    skip_steps: int = Field(ge=1, description="micro-batches accumulated per optimizer step")
+    train_batch_size: int = Field(ge=1, le=MAX_ROWS, description="rows per device and micro-batch")
+    test_batch_size: int = Field(ge=1, le=MAX_ROWS, description="rows per device in evaluation")
+    skip_steps: int = Field(ge=1, le=MAX_ROWS, description="micro-batches accumulated per optimizer step")
 
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
     lr_scheduler_type: Literal[

@@ -123,6 +123,11 @@ def test_an_unknown_key_is_refused_naming_the_nearest_known_one():
         ({"cross_attn_dropout_prob": 1.0}, "cross_attn_dropout_prob is 1.0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf, input should be a finite number"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        (
+            {"cross_attn_hidden_size": 10**400},
+            "cross_attn_hidden_size is 1000.*0, input should be less than or",
+        ),
+        ({"skip_steps": 10**9}, "skip_steps is 1000000000, input should be less than or equal to 4096"),
         ({"seed": 5_000_000_000}, "seed is 5000000000, input should be less than 4294967296"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
         ({"evil\n\x1b[31mkey": 1}, r"unknown key 'evil\\n\\x1b\[31mkey'"),

@@ -26,6 +26,7 @@ OF_LIBRARIES = {
     ".config",
     f"torchinductor_{getpass.getuser()}",
 }  # that matplotlib and torch leave in every home
+SPEAKS_OF_WORK = ("train", "preproc")  # what these print depends on how much there was to do, and how fast
 Snapshot = dict[str, tuple]
 
 
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     new_is_ok: bool = False
     env: dict[str, str] = {}  # noqa: RUF012 - never changed
     kind: str = ""
+    about: str = ""
 
 
 class Campaign:
@@ -83,7 +85,7 @@ class Campaign:
             shutil.rmtree(place)
         if wrong:
             said = f"exit code {done.code}: {done.err[-1500:]}"
-            wrong = f"case {number} ({case.kind}) in {here}:\n  {' '.join(case.argv)}\n  {wrong}\n  {said}"
+            wrong = f"case {number} ({case.kind} {case.about}) in {here}:\n  {' '.join(case.argv)}\n  {wrong}\n  {said}"
         return case, wrong
 
     def look(self, case: Case, done: Done, here: Path) -> list[Any]:
@@ -108,7 +110,6 @@ class Campaign:
             if key not in self._expected:
                 here = Path(tempfile.mkdtemp(dir=self.folder, prefix="whole-")) / "here"
                 self.world.copy(here, [path.name for path in self.world.folder.iterdir()])
-                (here / "two.txt").write_text("The dam was built in 1800 by Eve.")
                 done = world.expect(run(case.argv, here, **case.env))
                 self._expected[key] = self.look(case, done, here)
                 shutil.rmtree(here.parent)

@@ -410,8 +410,7 @@ def store(campaign: Campaign, rng: random.Random, here: Path) -> Case:
 
 
 def library(campaign: Campaign, rng: random.Random, here: Path) -> Case:
-    campaign.copy(here, ["base", "library", "fused", "one.txt", "more.jsonl"])
-    (here / "two.txt").write_text("The dam was built in 1800 by Eve.")
+    campaign.copy(here, ["base", "library", "fused", "one.txt", "two.txt", "more.jsonl"])
     sealed = _damage(rng, here / "library", reseal_store)
     listed = [("library", "library", "list")]
     argv, writes, seen = rng.choice([

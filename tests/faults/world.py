@@ -3,10 +3,14 @@
 Everything lies in one folder and is named relative to it, so that a copy of the folder is a world of its own.
 """
 
+import itertools
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +32,12 @@ PREPROC = [
 SHORT = ["--max_new_tokens", "3", "--batch_size", "8"]
 ADD = ["library", "library", "add", "--checkpoint", "base", "one.txt", "more.jsonl"]
 QUESTION = ["--question", "who built mill 3", "--max_new_tokens", "4"]
+UNFINISHED_STORE = "unfinished/processed_data/base"
+PREPROC_AGAIN = [*PREPROC, "--data_cache_path", "unfinished"]
+EVALUATE_ROWS = [
+    *("evaluate", "--checkpoint", "fused", "--dataset", "rows.jsonl", "--output", "s/scores.json", *SHORT),
+    *("--controls", "with_context,no_context"),
+]
 LIBRARY_ANSWER = ["answer", "--checkpoint", "fused", "--library", "library", *QUESTION]
 
 
@@ -70,8 +80,26 @@ def build(folder: Path) -> World:
         ["export", "--checkpoint", SAVEDIR_BASE, "--output", "fused"],
     ):
         expect(run(argv, here))
+    expect(run(die, here, PREPROC_AGAIN, "os", "replace", 13), -signal.SIGKILL)
+    expect(run(die, here, EVALUATE_ROWS, "dssk.evaluation.predictions", "_prediction", 10), -signal.SIGKILL)
     (run_folder,) = (here / SAVEDIR_BASE).glob("*/exp_dict.json")
     return World(here, run_folder.parent.name)
+
+
+def die(argv: list[str], module: str, function: str, call: int) -> None:
+    """Run a command that is killed when it calls a function for the `call`th time."""
+    from dssk.__main__ import main
+
+    owner, calls = import_module(module), itertools.count(1)
+    original = getattr(owner, function)
+
+    def fatal(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, function, fatal)
+    sys.exit(main(argv))
 
 
 def expect(done: Done, code: int = 0) -> Done:
@@ -99,6 +127,7 @@ def write_inputs(here: Path) -> None:
         "EAI_ACCOUNT_ID_TO_USER = {}\nJOB_CONFIG = {'default': {'partition': 'p', 'gpus': 1, 'time': '1:00:00'}}\n"
     )
     (here / "one.txt").write_text("Mill 3 was built in 1703 by Ann 3.")
+    (here / "two.txt").write_text("The dam was built in 1800 by Eve.")
     more = [{"id": f"m{i}", "title": f"Mill {i}", "context": rows[2 * i]["context"]} for i in range(4, 7)]
     (here / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     (here / "questions.jsonl").write_text(
