@@ -21,6 +21,11 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preload"])
 
 
+def preload(module: str) -> None:
+    """Fork from a process that has imported `module` in place of `preload.py`; to be said before the first one."""
+    _context.set_forkserver_preload([module])
+
+
 class Done(NamedTuple):
     """How a command ended; `code` is negative for a signal, None if it was still running at the limit."""
 
