@@ -4,6 +4,7 @@ Every error a user can cause or mend is a `DsskError`: `run` prints it as one li
 Anything else is our own bug and keeps its traceback (exit code 1).
 """
 
+import errno
 import os
 import select
 import signal
@@ -12,6 +13,17 @@ from collections.abc import Callable
 
 MAX_MESSAGE_CHARACTERS = 600
 _OMISSION = " ... "
+# What the machine refuses wherever it is asked: only there is it known what it means.
+_REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.EIO,
+)
 
 
 class DsskError(Exception):
@@ -71,11 +83,25 @@ def run(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 128 + signal.SIGPIPE
     except DsskError as error:
-        print(f"dssk: error: {short(error)}", file=sys.stderr)
-        return error.exit_code
+        return _said(error)
+    except MemoryError:
+        return _said(
+            EnvironmentFault("out of memory: lower what is done at a time, or take a machine with more of it")
+        )
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _said(DsskError(f"a name is too long: {short(error.filename, 100)}"))
+        if error.errno not in _REFUSED:
+            raise
+        return _said(EnvironmentFault(f"{error.strerror}: {error.filename}"))
     except KeyboardInterrupt:
         print("dssk: interrupted", file=sys.stderr)
         return 130
+
+
+def _said(error: DsskError) -> int:
+    print(f"dssk: error: {short(error)}", file=sys.stderr)
+    return error.exit_code
 
 
 def _nobody_reads() -> bool:

@@ -1,5 +1,7 @@
 """What a user reads when something goes wrong: one short line that a terminal can show, and an exit code."""
 
+import errno
+
 import pytest
 
 from dssk import errors
@@ -43,9 +45,26 @@ def test_a_short_message_stays_as_it_is():
     assert short("é 日本 fits") == "é 日本 fits"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "a name is too long: xxx"),
+        (OSError(errno.EACCES, "Permission denied", "/a/b"), 3, "Permission denied: /a/b"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), 3, "No space left on device: /a"),
+        (MemoryError(), 3, "out of memory: lower what is done"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, code, line, capsys):
+    assert run(failing(error)) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"dssk: error: {line}")
+
+
 def test_what_is_no_mistake_of_a_user_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(failing(ZeroDivisionError()))
+    with pytest.raises(OSError, match="odd"):
+        run(failing(OSError(errno.ECHILD, "odd", "/a")))
     assert run(failing(KeyboardInterrupt())) == 130
     assert run(lambda: None) == 0
     assert run(failing(DsskError("x"))) == 2

@@ -62,10 +62,13 @@ def main(
 
 def listed_file(words: Sequence[str]) -> Path | None:
     """The file whose groups `--list` asks for, whatever other flags are missing; None without that flag."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--exp_configs", type=Path, default=EXP_CONFIGS)
-    known, rest = parser.parse_known_args(words)
+    try:
+        known, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError:  # the parser of all flags will say so
+        return None
     return known.exp_configs if known.list and not {"-h", "--help"} & set(rest) else None
 
 

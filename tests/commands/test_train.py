@@ -37,6 +37,13 @@ def test_list_reads_the_file_of_the_flag(here, capsys):
     assert said(capsys, ["--list", "--exp_configs", "mine.py"], 0, groups=EXP_GROUPS) == expected
 
 
+def test_a_flag_without_its_value_is_one_line(here, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*RUN, "--exp_configs"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dssk: error: argument --exp_configs: expected one argument")
+
+
 def test_a_missing_file_is_named_with_what_to_do(here, capsys):
     message = (
         f"no file exp_configs.py in {here}: go to the folder that holds it, or name one with --exp_configs"
