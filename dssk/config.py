@@ -75,8 +75,9 @@ class ExperimentConfig(BaseModel):
     cross_attn_mlp: Literal["plain", "gated", "base"] = Field(
         default="plain", description="MLP of a block; base: gated where the decoder's is"
     )
-    cross_attn_init: Literal["zero", "normal", "copy"] = Field(
-        description="zero: start as the base model exactly; copy: the last block starts as an induction head"
+    cross_attn_init: Literal["zero", "normal", "copy", "base"] = Field(
+        description="zero: start as the base model exactly; copy: the last block starts as an induction head; base: "
+        "each block starts as its layer's self-attention, with keys and values fitted to the stored states"
     )
 
     reader: Literal["cross_attention", "merged"] = Field(

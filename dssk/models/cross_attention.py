@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dssk.models.configuration import activation, norm_eps
+from dssk.models.configuration import BASE, activation, norm_eps
+from dssk.models.merged import normalized
 
 
 class CrossAttnLinear(nn.Linear):
@@ -56,6 +57,10 @@ class CrossAttention(nn.Module):
 
     is_causal = False
     num_key_value_groups = 1  # grouped heads are folded into the query's length
+    shift: (
+        torch.Tensor
+    )  # (d,) mean of a normalized state; these two only where keys and values start in closed form
+    scale: torch.Tensor  # (d,) one over its standard deviation
 
     def __init__(self, config: Any):
         super().__init__()
@@ -73,6 +78,10 @@ class CrossAttention(nn.Module):
             self.k_attn = CrossAttnLinear(config.hidden_size, kv_width)
         self.v_attn = CrossAttnLinear(config.hidden_size, kv_width)
         self.c_proj = CrossAttnOutput(width, config.hidden_size)
+        self.standardizes: bool = config.cross_attn_init == BASE
+        if self.standardizes:
+            self.register_buffer("shift", torch.zeros(config.hidden_size))
+            self.register_buffer("scale", torch.ones(config.hidden_size))
 
     def forward(
         self,
@@ -124,6 +133,8 @@ class CrossAttention(nn.Module):
     def _project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (C, K, S, D) of encoder states (C, S, d)."""
         to_keys = self.q_k_attn if self.config.cross_attn_shared_projections else self.k_attn
+        if self.standardizes:
+            states = (normalized(states) - self.shift) * self.scale
         split = (*states.shape[:-1], self.num_kv_heads, self.head_dim)
         return to_keys(states).view(split).transpose(1, 2), self.v_attn(states).view(split).transpose(1, 2)
 

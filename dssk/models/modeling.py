@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from dssk.models.cross_attention import (
+    CrossAttention,
     CrossAttnBlock,
     CrossAttnLinear,
     CrossAttnOutput,
@@ -95,6 +96,11 @@ class CrossAttnPreTrainedModel(_Base):
             init.zeros_(module.shift)
             init.ones_(module.scale)
             init.copy_(module.rows, module.last_rows())
+            return
+        if isinstance(module, CrossAttention):
+            if module.standardizes:
+                init.zeros_(module.shift)
+                init.ones_(module.scale)
             return
         if isinstance(module, MergedLinear):
             init.zeros_(module.weight)  # `dssk.inference.calibrate` fits them

@@ -20,11 +20,12 @@ from dssk.errors import DsskError, Preempted
 from dssk.hub.export import export
 from dssk.hub.publish import check_repository, publish
 from dssk.inference.auto import from_base, fused_config
+from dssk.inference.base_init import base_init_, check_base_init
 from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import load_base_config
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
-from dssk.models.configuration import FIELDS
+from dssk.models.configuration import BASE, FIELDS
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM
@@ -119,8 +120,10 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     try:
         model = fused_config(base, **cross_attn_fields(cfg))
         check_model(manifest, cfg.model_path, None, layers_name(model.encode_layers, model.num_hidden_layers))
-        if cfg.cross_attn_init == "copy":
+        if block_start(cfg) == "copy":
             check_copy_init(model)
+        if block_start(cfg) == BASE:
+            check_base_init(estimate.meta_model(cfg, base))
     except ValueError as error:
         raise DsskError(f"experiment: {error}") from None
     if cfg.context_size > window(base):
@@ -128,6 +131,11 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
             f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {window(base)} tokens"
         )
     return manifest
+
+
+def block_start(cfg: ExperimentConfig) -> str | None:
+    """How blocks start; None without blocks."""
+    return cfg.cross_attn_init if cfg.reader == "cross_attention" else None
 
 
 def check_without_val(cfg: ExperimentConfig) -> None:
@@ -174,14 +182,12 @@ def build_trainer(
     tokenizer = load_tokenizer(cfg.model_path)
     model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
-    if cfg.cross_attn_init == "copy":
-        copy_init_(
-            model.to(arguments.device),
-            distinct_contexts(rows["train"], tokenizer, cfg.context_size),
-            cfg.seed,
-        )
+    contexts = distinct_contexts(rows["train"], tokenizer, cfg.context_size)
+    if block_start(cfg) == "copy":
+        copy_init_(model.to(arguments.device), contexts, cfg.seed)
+    if block_start(cfg) == BASE:
+        base_init_(model.to(arguments.device), contexts)
     if cfg.reader == "merged":
-        contexts = distinct_contexts(rows["train"], tokenizer, cfg.context_size)
         fit_reader(model.to(arguments.device), contexts)
     if not len(rows["val"]):
         arguments.eval_strategy = IntervalStrategy.NO

@@ -90,6 +90,21 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(run, changes, mes
         run("--steps", "2", **changes)
 
 
+BLOCKS = {"reader": "cross_attention", "num_cross_attn_layers": 1, "cross_attn_layers_stride": 1}
+
+
 def test_blocks_read_the_states_of_a_middle_layer(run):
-    seen = losses(run("--steps", "6", reader="cross_attention", num_cross_attn_layers=1, learning_rate=5e-3))
+    seen = losses(run("--steps", "6", **BLOCKS, learning_rate=5e-3))
     assert seen[6] < seen[2]
+
+
+def test_blocks_start_as_the_self_attention_of_their_layers(run):
+    as_base = {"cross_attn_norm": "base", "cross_attn_num_key_value_heads": "base", "cross_attn_init": "base"}
+    folder = run("--steps", "1", **BLOCKS, **as_base, learning_rate=1e-9)
+    block = AutoModelForCausalLM.from_pretrained(folder / "final")
+    read, own = block.cross_attn_blocks[0].attn, block.base_model.layers[2].self_attn
+    torch.testing.assert_close(read.q_attn.weight, own.q_proj.weight)
+    assert read.k_attn.weight.any()
+    assert read.shift.any()
+    with pytest.raises(DsskError, match="cross_attn_init base does not fit cross_attn_norm: it needs blocks"):
+        run("--steps", "1", **BLOCKS, **as_base | {"cross_attn_norm": "layer_norm"})
