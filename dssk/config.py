@@ -107,6 +107,11 @@ class ExperimentConfig(BaseModel):
         description="encode contexts in the training step instead of reading them from disk"
     )
 
+    questions_per_context: int = Field(
+        default=1,
+        ge=1,
+        description="rows of one context that go through the model together, which projects it once for them",
+    )
     group_by_length: bool = Field(description="rows of about equal length make a step: less padding")
     train_batch_size: int = Field(ge=1, le=MAX_ROWS, description="rows per device and micro-batch")
     test_batch_size: int = Field(ge=1, le=MAX_ROWS, description="rows per device in evaluation")
@@ -159,6 +164,16 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
         raise DsskError(
             "experiment: gradient_checkpointing recomputes layers without what they read, where adapters do not act: "
             "set it to false, or decoder_lora to null"
+        )
+    if cfg.train_batch_size % cfg.questions_per_context:
+        raise DsskError(
+            f"experiment: questions_per_context is {cfg.questions_per_context}, want a divisor of train_batch_size, "
+            f"which is {cfg.train_batch_size}"
+        )
+    if cfg.questions_per_context > 1 and cfg.include_context_ids:
+        raise DsskError(
+            "experiment: include_context_ids makes rows of the contexts themselves, which share none: set it to false, "
+            "or questions_per_context to 1"
         )
     return cfg
 

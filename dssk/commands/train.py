@@ -156,6 +156,19 @@ def fused_choices(text: str) -> str:
     return text
 
 
+def minutes(text: str) -> float | None:
+    """Parse `--minutes`."""
+    if optional_str(text) is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want CPU minutes, such as 30")
+    return value
+
+
 def job_action(text: str) -> str | None:
     """Parse `--job_action`."""
     action = optional_str(text)
@@ -205,6 +218,13 @@ def build_parser() -> Parser:
     )
     where.add_argument(
         "--steps", type=positive_int, default=DEFAULT_STEPS, metavar="STEPS", help="optimizer steps in all"
+    )
+    where.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="CPU_MINUTES",
+        help="end after so many of this process's, --steps or not: all that it computes until then but evaluations "
+        "and checkpoints; the learning rate has come down by then. A longer time goes on",
     )
     where.add_argument(
         "--log_every",

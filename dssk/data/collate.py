@@ -1,5 +1,6 @@
 """Examples of unequal length -> one padded batch, with boolean masks as the only mark of padding."""
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -8,10 +9,14 @@ from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 
 
 class Collator:
-    """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts."""
+    """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts.
 
-    def __init__(self, pad_token_id: int):
+    With `share_contexts` a context that as many examples in a row have as any other is in the batch once for them.
+    """
+
+    def __init__(self, pad_token_id: int, share_contexts: bool = False):
         self.pad_token_id = pad_token_id
+        self.share_contexts = share_contexts
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids = [e["input_ids"] for e in examples]
@@ -20,11 +25,19 @@ class Collator:
             "attention_mask": length_mask([len(ids) for ids in input_ids]),
             "labels": pad_tokens([e["labels"] for e in examples], IGNORED),
         }
+        once = self._distinct(examples)
         if "context_input_ids" in examples[0]:
-            contexts = [e["context_input_ids"] for e in examples]
+            contexts = [e["context_input_ids"] for e in once]
             batch["context_input_ids"] = pad_tokens(contexts, self.pad_token_id)
             batch["context_attention_mask"] = length_mask([len(ids) for ids in contexts])
         else:
-            states, mask = pad_states([e["encoder_hidden_states"] for e in examples])
+            states, mask = pad_states([e["encoder_hidden_states"] for e in once])
             batch["encoder_hidden_states"], batch["encoder_attention_mask"] = states, mask
         return batch
+
+    def _distinct(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One example of each context, where the model can tell which rows share it: as many read each."""
+        runs = [list(run) for _, run in groupby(examples, key=lambda example: example["context"])]
+        if self.share_contexts and len({len(run) for run in runs}) == 1:
+            return [run[0] for run in runs]
+        return examples

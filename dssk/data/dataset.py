@@ -35,7 +35,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
     An example is `input_ids` and `labels` (T,), and the context: `encoder_hidden_states` (S, d), or
-    `context_input_ids` (S,) with `encode_online`. In training with `include_context_ids` the rows are walked
+    `context_input_ids` (S,) with `encode_online`, with its text `context`. In training with `include_context_ids` the rows are walked
     twice: first the questions with their answers, then the contexts themselves as text to be repeated.
     """
 
@@ -72,7 +72,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             input_ids = self._context(row, rng)
             labels = input_ids
         size = self.cfg.context_size
-        example = {"input_ids": input_ids[:size], "labels": labels[:size]}
+        example = {"input_ids": input_ids[:size], "labels": labels[:size], "context": row["context"]}
         if self.cfg.encode_online:
             example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:size]
         else:

@@ -270,14 +270,15 @@ class MergedReader(nn.Module):
 
     def _outputs(self, mapped: torch.Tensor) -> list[torch.Tensor]:
         """The outputs (C, S, whole) of each projection, zero in rows that are not mapped."""
-        outputs, first = [], 0
-        for width, whole in self.widths:
-            part = mapped[..., first : first + width]
+        mapped_widths = [width for width, _ in self.widths]
+        outputs = []
+        # Split, not sliced: each slice would have a gradient as large as the whole.
+        for part, rows, (width, whole) in zip(
+            mapped.split(mapped_widths, -1), self.rows.split(mapped_widths), self.widths, strict=True
+        ):
             if width < whole:
-                rows = self.rows[first : first + width]
                 part = part.new_zeros(*part.shape[:-1], whole).index_copy(-1, rows, part)
             outputs.append(part)
-            first += width
         return outputs
 
     def _capture(

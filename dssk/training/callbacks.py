@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from dssk.errors import DsskError
 from dssk.run_folder import METRICS, split_metrics
+from dssk.training.budget import CpuBudget
 from dssk.utils.console import watched
 from dssk.utils.files import machine_faults, publish_text
 
@@ -67,6 +68,9 @@ class FuseEvery(TrainerCallback):
 class Progress(TrainerCallback):
     """One line for each log; on a terminal a bar too, with the time left."""
 
+    def __init__(self, budget: CpuBudget | None = None):
+        self.budget = budget or CpuBudget()
+
     def on_train_begin(self, args, state, control, **kwargs):
         shown = watched() and state.is_world_process_zero
         self._start = (state.global_step, time.monotonic())
@@ -81,11 +85,18 @@ class Progress(TrainerCallback):
         shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in (logs or {})]
         if not state.is_world_process_zero or not shown:
             return
-        line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  {self._time_left(state)}"
+        line = f"step {self._place(state)}  {'  '.join(shown)}  {self._time_left(state)}"
         tqdm.write(line.rstrip(), file=sys.stdout)
         sys.stdout.flush()
 
+    def _place(self, state) -> str:
+        if self.budget.limit is None:
+            return f"{state.global_step}/{state.max_steps}"
+        return f"{state.global_step}, {self.budget.used / 60:.1f} of {self.budget.limit / 60:g} CPU minutes"
+
     def _time_left(self, state) -> str:
+        if self.budget.limit is not None:
+            return ""
         first_step, start = self._start
         done, left = state.global_step - first_step, state.max_steps - state.global_step
         if not done or not left:

@@ -34,6 +34,7 @@ class RunArgs:
     job_action: str | None
     python_binary: str
     steps: int
+    minutes: float | None
     log_every: int
     save_total_limit: int
     save_fused: str

@@ -11,7 +11,7 @@ from dssk.errors import DamagedData, DsskError
 from dssk.run_folder import differences
 from dssk.training.best import is_exhausted
 from dssk.training.flags import RunArgs
-from dssk.training.state import load_trainer_state
+from dssk.training.state import load_run_state, load_trainer_state
 from dssk.utils.ranks import launched
 
 FACTS = ("step", "experiment", "data", "world_size", "skip_steps")  # of a checkpoint, besides its files
@@ -69,6 +69,12 @@ def _finished(checkpoint: Path, run: RunArgs, cfg: ExperimentConfig) -> str:
     step = checkpoint_step(checkpoint)
     if step >= run.steps:
         return f"finished: step {step} of {run.steps}; more --steps go on from there, -r 1 starts afresh"
+    used = load_run_state(checkpoint).get("cpu_seconds", 0.0) / 60
+    if run.minutes is not None and used >= run.minutes:
+        return (
+            f"finished: step {step}, {used:.1f} CPU minutes of {run.minutes:g}; more --minutes go on from there, -r 1 "
+            "starts afresh"
+        )
     if is_exhausted(load_trainer_state(checkpoint)["log_history"], cfg.early_stopping_patience):
         return (
             f"finished: stopped early at step {step}, after {cfg.early_stopping_patience} evaluations that were no "

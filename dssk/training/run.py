@@ -38,6 +38,7 @@ from dssk.store.opening import check_model, load_manifest
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import check_loggers, training_arguments
+from dssk.training.budget import CpuBudget, StopAtBudget
 from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
 from dssk.training.flags import RunArgs, resuming_command
 from dssk.training.resume import Start, find_start
@@ -53,7 +54,8 @@ from dssk.utils.ranks import Ranks, launched
 
 def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     """Train the experiment that `run` names and leave checkpoints and the fused model in its folder."""
-    launched()  # refuses an environment that only looks like a launcher's
+    if launched() > 1 and run.minutes is not None:  # also refuses what only looks like a launcher's environment
+        raise DsskError("--minutes counts the CPU of one process, and a launcher started several: give --steps")
     exp_dict = choose_experiment(run, groups)
     cfg = parse_experiment(exp_dict)
     savedir = Path(run.savedir_base) / experiment_id(exp_dict)
@@ -179,6 +181,7 @@ def build_trainer(
 ) -> CrossAttnTrainer:
     """Everything that is loaded: tokenizer, model and rows."""
     set_seed(cfg.seed)
+    budget = CpuBudget(run.minutes)
     tokenizer = load_tokenizer(cfg.model_path)
     model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
@@ -199,13 +202,14 @@ def build_trainer(
         args=arguments,
         train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, training=True),
         eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, training=False),
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id, share_contexts=cfg.questions_per_context > 1),
         processing_class=tokenizer,
-        callbacks=[MetricsFile(), Progress(), StopOnSignal(stop)],
+        callbacks=[MetricsFile(), Progress(budget), StopAtBudget(budget), StopOnSignal(stop)],
         cfg=cfg,
         facts=facts,
         keep_checkpoints=run.save_total_limit,
         score_answers=scorer,
+        budget=budget,
     )
     trainer.remove_callback(PrinterCallback)  # Progress prints
     if cfg.early_stopping_patience is not None:

@@ -18,21 +18,37 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     Every epoch drops another remainder of less than one global batch. So each way to divide a global batch into
     ranks and accumulated micro-batches trains on the same rows in the same step. With `lengths`, the rows of a
     global batch are about equally long, and lie from long to short: less padding.
+
+    With `contexts` (the number of each row's context) `together` rows of one lie side by side. Rows beyond a multiple
+    of it wait for another epoch; those of contexts that have fewer make global batches of their own.
     """
 
-    def __init__(self, num_rows: int, global_batch: int, seed: int, lengths: np.ndarray | None = None):
+    def __init__(
+        self,
+        num_rows: int,
+        global_batch: int,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        contexts: np.ndarray | None = None,
+        together: int = 1,
+    ):
         self.num_rows = num_rows
         self.global_batch = global_batch
         self.seed = seed
         self.lengths = lengths
+        self.contexts = contexts if together > 1 else None
+        self.together = together
         self.epoch = 0
+        units = self._units(np.random.default_rng(0))
+        steps = [unit.size // global_batch for unit in units]
+        self._steps = steps if any(steps) else [int(unit is units[0]) for unit in units]  # of each kind of units
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.num_rows // self.global_batch)
+        return sum(self._steps)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.global_batch
@@ -43,13 +59,33 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers, (steps_per_epoch, global_batch)."""
         rng = np.random.default_rng([self.seed, epoch])
-        rows = np.resize(rng.permutation(self.num_rows), len(self))  # repeats rows only if they fill no batch
+        kinds = zip(self._units(rng), self._steps, strict=True)
+        batches = np.concatenate([self._batches(units, steps) for units, steps in kinds])
+        ordered = self.lengths is None and self.contexts is None
+        return batches if ordered else rng.permutation(batches)
+
+    def _units(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """What is not to be divided, in random order, one array (units, rows of each) for each kind."""
+        rows = rng.permutation(self.num_rows)
+        if self.contexts is None:
+            return [rows[:, None]]
+        rows = rows[np.argsort(self.contexts[rows], kind="stable")]
+        counts = np.bincount(self.contexts)
+        place = np.arange(len(rows)) - (counts.cumsum() - counts)[self.contexts[rows]]
+        own = counts[self.contexts[rows]]  # rows of each row's context
+        groups = rows[place < own // self.together * self.together].reshape(-1, self.together)
+        alone = rows[own < self.together][:, None]
+        return [kind for kind in (rng.permutation(groups), rng.permutation(alone)) if kind.size]
+
+    def _batches(self, units: np.ndarray, steps: int) -> np.ndarray:
+        """Units as whole global batches (steps, global_batch): repeated only if they fill none."""
+        width = units.shape[1]
+        units = np.resize(units, (steps * self.global_batch // width, width))
         if self.lengths is not None:
-            pool = self.global_batch * POOL_BATCHES
-            pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
-            rows = np.concatenate([p[np.argsort(-self.lengths[p], kind="stable")] for p in pools])
-        batches = rows.reshape(-1, self.global_batch)
-        return batches if self.lengths is None else rng.permutation(batches)
+            pool = self.global_batch // width * POOL_BATCHES
+            pools = [units[start : start + pool] for start in range(0, len(units), pool)]
+            units = np.concatenate([p[np.argsort(-self.lengths[p[:, 0]], kind="stable")] for p in pools])
+        return units.reshape(-1, self.global_batch)
 
     def rows_of_step(self, step: int) -> list[int]:
         """The rows that optimizer step number `step` (the first is 1) trains on, over all ranks."""
@@ -63,3 +99,9 @@ def text_lengths(dataset: CrossAttnDataset) -> np.ndarray:
     contexts = rows.with_format("arrow").select_columns(["context"])[:]["context"]
     characters = pc.utf8_length(contexts).to_numpy()
     return np.concatenate([characters, 2 * characters]) if dataset.with_contexts else characters
+
+
+def context_numbers(dataset: CrossAttnDataset) -> np.ndarray:
+    """For each row the number of its context."""
+    contexts = dataset.rows.with_format("arrow").select_columns(["context"])[:]["context"]
+    return contexts.combine_chunks().dictionary_encode().indices.to_numpy()

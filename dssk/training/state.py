@@ -115,7 +115,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def gather_run_state(trainer: Any) -> dict[str, Any]:
     """Everything else that decides how training goes on, as JSON values."""
     scaler = getattr(trainer.accelerator, "scaler", None)
-    return {
+    used = {} if trainer.budget.limit is None else {"cpu_seconds": round(trainer.budget.used, 3)}
+    return used | {
         "learning_rates": [group["lr"] for group in trainer.optimizer.param_groups],
         "scheduler": trainer.lr_scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else _zero_scaler(trainer),
@@ -144,6 +145,7 @@ def _restore(trainer: Any, folder: Path) -> None:
         group["lr"] = rate
     trainer.lr_scheduler.load_state_dict(saved["scheduler"])
     trainer.evaluation_due = saved["evaluation_due"]
+    trainer.budget.before = saved.get("cpu_seconds", 0.0)  # of a run that minutes end
     scaler = getattr(trainer.accelerator, "scaler", None)
     if saved["scaler"] is not None and scaler is not None:
         scaler.load_state_dict(saved["scaler"])

@@ -14,7 +14,8 @@ from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
 from dssk.training import state
 from dssk.training.best import best_evaluation
-from dssk.training.sampler import EpochSampler, text_lengths
+from dssk.training.budget import SCHEDULE_STEPS, CpuBudget
+from dssk.training.sampler import EpochSampler, context_numbers, text_lengths
 from dssk.training.stopping import LeaveTraining
 from dssk.utils.files import publish_json
 
@@ -37,6 +38,7 @@ class CrossAttnTrainer(Trainer):
         facts: dict[str, Any],
         keep_checkpoints: int,
         score_answers: Callable[[Trainer], dict[str, float]] | None = None,
+        budget: CpuBudget | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -44,6 +46,7 @@ class CrossAttnTrainer(Trainer):
         self.facts = facts
         self.keep_checkpoints = keep_checkpoints
         self.score_answers = score_answers
+        self.budget = budget or CpuBudget()
         self.evaluation_due = False  # a stop from outside came in or before an evaluation
         self.seconds = {
             "training": 0.0,
@@ -54,7 +57,11 @@ class CrossAttnTrainer(Trainer):
         self._tokens = 0  # of this rank, padding included, since the last log
         self._logged_seconds = 0.0
         lengths = text_lengths(self.train_dataset) if cfg.group_by_length else None
-        self.sampler = EpochSampler(len(self.train_dataset), self.global_batch, cfg.seed, lengths)
+        together = cfg.questions_per_context
+        contexts = context_numbers(self.train_dataset) if together > 1 else None
+        self.sampler = EpochSampler(
+            len(self.train_dataset), self.global_batch, cfg.seed, lengths, contexts, together
+        )
         self._resumed: Path | None = None  # a checkpoint whose random numbers are still to be put back
         self.add_callback(_Position(self))
 
@@ -90,6 +97,7 @@ class CrossAttnTrainer(Trainer):
         if "loss" in logs:
             seconds = self.seconds["training"] + self.seconds["data"] - self._logged_seconds
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / max(seconds, 1e-9), 1)
+            logs["cpu_seconds"] = round(self.budget.used, 1)
             self._logged_seconds += seconds
             self._tokens = 0
         if "train_runtime" in logs:  # the last one
@@ -137,12 +145,19 @@ class CrossAttnTrainer(Trainer):
             optimizer.register_step_post_hook(state.MomentRounding(self.cfg.seed))
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        if self.budget.limit is None:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
+        self.budget.decide(scheduler)
+        return scheduler
+
     # --- evaluation
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # Whether and when one evaluates leaves no trace in the random numbers of training.
         try:
-            with self._timed("evaluation"), torch.random.fork_rng():
+            with self._timed("evaluation"), self.budget.paused(), torch.random.fork_rng():
                 return super().evaluate(*args, **kwargs)
         except LeaveTraining:
             if not self.evaluation_due:  # else the checkpoint that one resumed from says all there is to say
@@ -168,7 +183,7 @@ class CrossAttnTrainer(Trainer):
     # --- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        with self._timed("saving"):
+        with self._timed("saving"), self.budget.paused():
             self._collect_and_write()
 
     def _collect_and_write(self) -> None:

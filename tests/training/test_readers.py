@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import dssk
+from dssk.data.collate import Collator
 from dssk.errors import DsskError
+from dssk.inference.calibrate import fit_reader
+from dssk.models.merged import MergedReader
 from tests.conftest import VOCAB_SIZE, byte_tokenizer, encode_rows, experiment, question_rows
 from tests.families import tiny_base
 from tests.training.conftest import losses, weights
@@ -108,3 +112,51 @@ def test_blocks_start_as_the_self_attention_of_their_layers(run):
     assert read.shift.any()
     with pytest.raises(DsskError, match="cross_attn_init base does not fit cross_attn_norm: it needs blocks"):
         run("--steps", "1", **BLOCKS, **as_base | {"cross_attn_norm": "layer_norm"})
+
+
+@pytest.mark.parametrize("reader", ["merged", "cross_attention"])
+def test_questions_of_one_context_share_it_and_lose_nothing(llama, reader):
+    base, _ = llama
+    model = dssk.from_base(
+        base, reader=reader, encode_layer=2, num_cross_attn_layers=1, cross_attn_init="normal"
+    )
+    fit_reader(model, [list(range(5, 40))]) if reader == "merged" else None
+    contexts = {"one": [5, 6, 7, 8, 9], "two": [10, 11, 12]}
+    examples = [
+        {"input_ids": ids, "labels": ids, "context": name, "context_input_ids": contexts[name]}
+        for name, ids in [("one", [20, 21]), ("one", [22, 23, 24]), ("two", [25, 26]), ("two", [27, 28])]
+    ]
+    apart, together = (Collator(0, share)(examples) for share in (False, True))
+    assert (len(apart["context_input_ids"]), len(together["context_input_ids"])) == (4, 2)
+    assert (
+        len(Collator(0, True)(examples[:3])["context_input_ids"]) == 3
+    )  # the model could not tell whose it is
+    losses = [model(**batch).loss for batch in (apart, together)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    swapped = {**together, "context_input_ids": together["context_input_ids"].flip(0)}
+    swapped["context_attention_mask"] = together["context_attention_mask"].flip(0)
+    assert abs(model(**swapped).loss - losses[0]) > 1e-4
+
+
+def test_training_reads_each_context_once_for_its_questions(run, monkeypatch):
+    seen = []
+    project = MergedReader.forward
+    monkeypatch.setattr(
+        MergedReader, "forward", lambda *args, **kw: seen.append(len(args[2])) or project(*args, **kw)
+    )
+    run(
+        "--steps", "2", "--generation_eval_samples", "0", questions_per_context=2, cross_attn_dropout_prob=0.0
+    )
+    assert set(seen[:2]) <= {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions_per_context": 3}, "want a divisor of train_batch_size, which is 4"),
+        ({"questions_per_context": 2, "include_context_ids": True}, "questions_per_context to 1"),
+    ],
+)
+def test_questions_that_cannot_be_together_are_refused(run, changes, message):
+    with pytest.raises(DsskError, match=message):
+        run("--steps", "2", **changes)

@@ -197,7 +197,7 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused(run, base_path, mo
     folder = run("--steps", "1", "--log_every", "1", skip_steps=4)
     cfg = parse_experiment(experiment(base_path, skip_steps=4))
     facts = load_manifest(folder / "checkpoint-1")
-    args = SimpleNamespace(reset=False, steps=2, data_path="data")
+    args = SimpleNamespace(reset=False, steps=2, minutes=None, data_path="data")
     assert find_start(folder, args, cfg, facts).skip_steps == 4
     monkeypatch.setattr("dssk.training.resume.launched", lambda: 3)
     with pytest.raises(DsskError, match="3 ranks cannot share them evenly, want 1 or 2 or 4"):
@@ -208,7 +208,7 @@ def test_a_base_that_was_replaced_since_is_refused(run, base_path):
     folder = run("--steps", "1", "--log_every", "1")
     facts = load_manifest(folder / "checkpoint-1")
     assert facts["base_fingerprint"] == model_fingerprint(base_path, load_base_config(base_path))
-    args = SimpleNamespace(reset=False, steps=2, data_path="data")
+    args = SimpleNamespace(reset=False, steps=2, minutes=None, data_path="data")
     cfg = parse_experiment(experiment(base_path))
     with pytest.raises(DsskError, match="was trained on another base: the weights of .* have changed since"):
         find_start(folder, args, cfg, facts | {"base_fingerprint": "2:0"})
@@ -319,6 +319,22 @@ def test_grouping_by_length_saves_padding():
     grouped, plain = EpochSampler(800, 8, 0, lengths).order(0), EpochSampler(800, 8, 0).order(0)
     assert lengths[grouped].max(axis=1).sum() < 0.7 * lengths[plain].max(axis=1).sum()
     assert not np.array_equal(np.sort(lengths[grouped[:, 0]])[::-1], lengths[grouped[:, 0]])
+
+
+def test_rows_of_one_context_lie_together_and_those_of_rare_ones_make_steps_of_their_own():
+    contexts = np.repeat(np.arange(30), [1] * 10 + [3] * 5 + [4] * 5 + [9] * 10)
+    lengths = np.random.default_rng(0).integers(1, 1000, 30)[contexts]
+    sampler = EpochSampler(len(contexts), 8, 0, lengths, contexts, together=4)
+    assert sampler.steps_per_epoch == 25 // 2 + 25 // 8 == len(sampler) / 8
+    first, second = sampler.order(0), sampler.order(1)
+    for step in first:
+        numbers = contexts[step]
+        groups = numbers.reshape(-1, 4)
+        assert (numbers < 15).all() or ((groups == groups[:, :1]).all() and (groups >= 15).all())
+        assert len(set(step.tolist())) == 8
+    assert set(first.ravel().tolist()) != set(second.ravel().tolist())  # what was beyond a multiple comes, too
+    assert np.array_equal(EpochSampler(120, 8, 0, None, np.zeros(120, int)).order(3), EpochSampler(120, 8, 0).order(3))
+    assert len(list(EpochSampler(3, 8, 0, None, np.zeros(3, int), together=4))) == 8
 
 
 def test_random_states_survive_json():

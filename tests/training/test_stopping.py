@@ -1,15 +1,17 @@
 """Every way a run can end: stopped from outside, diverged, failed, done. `status.json` says which."""
 
+import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dssk.checkpoint import latest_checkpoint
-from dssk.errors import Diverged, EnvironmentFault, Preempted
+from dssk.checkpoint import checkpoint_step, latest_checkpoint
+from dssk.errors import Diverged, DsskError, EnvironmentFault, Preempted
 from dssk.training.stopping import LeaveTraining
 from dssk.training.trainer import CrossAttnTrainer
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
@@ -268,3 +270,32 @@ def test_our_own_bug_is_reported_with_code_1(run, at, tmp_path):
     (folder,) = (f.parent for f in tmp_path.glob("*/status.json"))
     assert (status(folder)["state"], status(folder)["code"]) == ("failed", 1)
     assert "a bug" in status(folder)["reason"]
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A CPU clock that moves by a second whenever it is looked at."""
+    ticks = itertools.count()
+    monkeypatch.setattr("dssk.training.budget.time", SimpleNamespace(process_time=lambda: float(next(ticks))))
+
+
+def test_minutes_end_a_run_with_the_rate_come_down_and_more_of_them_go_on(run, ticking, capsys):
+    changes = {"lr_scheduler_type": "linear", "warmup_ratio": 0.0, "learning_rate": 1e-3}
+    folder = run("--steps", "1000", "--minutes", "0.5", "--log_every", "1", **changes)
+    rates = [entry["learning_rate"] for entry in logged(folder) if "learning_rate" in entry]
+    assert rates == sorted(rates, reverse=True)
+    assert 5e-4 < rates[0] <= 1e-3 and rates[-1] < 1.5e-4
+    last = checkpoint_step(latest_checkpoint(folder))
+    assert 3 < last < 30 and logged(folder)[-1]["step"] == last
+    assert "eval_loss" in [entry for entry in logged(folder) if entry["step"] == last][1]
+    capsys.readouterr()
+    run("--steps", "1000", "--minutes", "0.5", **changes)
+    assert f"finished: step {last}, 0.5 CPU minutes of 0.5" in capsys.readouterr().out
+    run("--steps", "1000", "--minutes", "1", "--log_every", "1", **changes)
+    assert 1.4 * last < checkpoint_step(latest_checkpoint(folder)) < 2.6 * last
+
+
+def test_minutes_of_several_processes_are_refused(run, monkeypatch):
+    monkeypatch.setattr("dssk.training.run.launched", lambda: 2)
+    with pytest.raises(DsskError, match="--minutes counts the CPU of one process"):
+        run("--minutes", "1")

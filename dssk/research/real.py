@@ -1,0 +1,176 @@
+"""Real questions for the real base: what is trained on, what is watched, what is scored, and that nothing leaks.
+
+SQuAD and NQ-Swap come in rows of one paragraph and one question. NQ-Swap holds most paragraphs several times, each
+time with another answer put in: rows are held out with all that share a question or twelve words in a row with them.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dssk.data import schemas
+from dssk.data.schemas import QA
+from dssk.data.sources import Source
+from dssk.errors import DsskError
+from dssk.utils import files
+
+RUN_WORDS = 12  # that two paragraphs have in common if one is the other with some words changed
+SHARED_QUESTIONS = 4  # of a paragraph that is worth its reading in training
+HELD_OUT = 300  # rows of NQ-Swap, at least
+WATCHED_CONTEXTS = 16  # of SQuAD, kept for `val`
+SINGLES = {"squad": 1000, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
+LONGEST_SINGLE = 2000  # characters of such a paragraph
+_WORD = re.compile(r"\w+")
+_TAG = re.compile(r"<[^>]*>")
+
+SETS = ("train", "val", "xquad", "nq_swap")
+
+
+def write_sets(squad: Sequence[Source], nq_swap: Source, xquad: Source, folder: Path) -> dict[str, int]:
+    """Write the four sets as `<set>.jsonl` and return how many rows each has; files that are right already stay."""
+    sets = divide([row for source in squad for row in read(source)], read(nq_swap), read(xquad))
+    check(sets)
+    files.make_folder(folder)
+    for name, rows in sets.items():
+        path = folder / f"{name}.jsonl"
+        text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            files.publish_text(path, text)
+    return {name: len(rows) for name, rows in sets.items()}
+
+
+def read(source: Source) -> list[QA]:
+    """All usable rows of a source, whatever its splits."""
+    rows = []
+    for split in source.open().values():
+        for raw in split:
+            try:
+                rows.append(schemas.to_qa(raw))
+            except schemas.Dropped:
+                continue
+            except schemas.BadRow as error:
+                raise DsskError(f"{raw.place}: {error}: mend or remove that row") from error
+    return rows
+
+
+def divide(squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA]) -> dict[str, list[QA]]:
+    """The rows of each set; which ones are chosen depends on their texts alone.
+
+    What would tell anything of a scored row is left out of the rows that are trained on.
+    """
+    held_out, rest = hold_out(nq_swap, HELD_OUT)
+    scored = Scored([*xquad, *held_out])
+    squad = [row for row in squad if not scored.tells(row)]
+    by_context: dict[str, list[QA]] = defaultdict(list)
+    for row in squad:
+        by_context[row.context].append(row)
+    shared = [rows for rows in by_context.values() if len(rows) >= SHARED_QUESTIONS]
+    single = [row for rows in by_context.values() if len(rows) < SHARED_QUESTIONS for row in rows]
+    watched = set(_drawn({rows[0].context for rows in shared}, str)[:WATCHED_CONTEXTS])
+    return {
+        "train": [
+            *(row for rows in shared if rows[0].context not in watched for row in rows),
+            *_singles(single, SINGLES["squad"]),
+            *_singles(rest, SINGLES["nq_swap"]),
+        ],
+        "val": [row for rows in shared if rows[0].context in watched for row in rows],
+        "xquad": list(xquad),
+        "nq_swap": held_out,
+    }
+
+
+def hold_out(rows: Sequence[QA], count: int) -> tuple[list[QA], list[QA]]:
+    """Families of rows with at least `count` rows together, and all other rows."""
+    family = families(rows)
+    by_family: dict[int, list[QA]] = defaultdict(list)
+    for row, number in zip(rows, family, strict=True):
+        by_family[number].append(row)
+    chosen: set[int] = set()
+    size = 0
+    for number in _drawn(by_family, lambda number: by_family[number][0].question):
+        if size >= count:
+            break
+        chosen.add(number)
+        size += len(by_family[number])
+    pairs = list(zip(rows, family, strict=True))
+    return [row for row, n in pairs if n in chosen], [row for row, n in pairs if n not in chosen]
+
+
+def families(rows: Sequence[QA]) -> list[int]:
+    """For each row the number of the rows that it belongs to: they share a question or a run of words."""
+    first: dict[str, int] = {}
+    parent = list(range(len(rows)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    for number, row in enumerate(rows):
+        for key in [f"? {_key(row)}", *runs(row.context)]:
+            parent[root(number)] = root(first.setdefault(key, number))
+    return [root(number) for number in range(len(rows))]
+
+
+def runs(text: str) -> set[str]:
+    """Every run of `RUN_WORDS` words of a text."""
+    words = _words(text)
+    return {" ".join(words[i : i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)}
+
+
+class Scored:
+    """Rows that are scored, and whether another row tells something of one of them."""
+
+    def __init__(self, rows: Iterable[QA]):
+        rows = list(rows)
+        self.questions = {_key(row) for row in rows}
+        self.runs = {run for text in {row.context for row in rows} for run in runs(text)}
+
+    def tells(self, row: QA) -> bool:
+        """It has the same question, or a tenth of its paragraph: one phrase of a formula is no leak."""
+        found = runs(row.context)
+        return _key(row) in self.questions or 10 * len(found & self.runs) > len(found)
+
+
+def check(sets: dict[str, list[QA]]) -> None:
+    """Raise `DsskError` if a row that is trained on tells something of one that is scored, or has its paragraph."""
+    scored = Scored([*sets["xquad"], *sets["nq_swap"]])
+    unseen = {row.context for name in SETS[1:] for row in sets[name]}
+    for row in sets["train"]:
+        if row.context in unseen or scored.tells(row):
+            raise DsskError(f"the row {row.id} is trained on and its paragraph scored: {row.question[:80]!r}")
+
+
+def _singles(rows: Iterable[QA], count: int) -> list[QA]:
+    return _drawn([row for row in rows if len(row.context) <= LONGEST_SINGLE], lambda row: row.id + row.question)[
+        :count
+    ]
+
+
+def _drawn(values: Iterable[Any], text: Callable[[Any], str]) -> list[Any]:
+    """The values in an order that looks random and depends on their texts alone."""
+    return sorted(values, key=lambda value: xxhash.xxh3_64_hexdigest(text(value).encode()))
+
+
+def _key(row: QA) -> str:
+    return " ".join(_words(row.question))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_TAG.sub(" ", text).lower())
+
+
+def _plain(row: QA) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "title": row.document,
+        "context": row.context,
+        "question": row.question,
+        "answers": {"text": row.answers, "answer_start": [-1] * len(row.answers)},
+    }
