@@ -34,9 +34,9 @@ def check_context_ids(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase)
 class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
-    An example is `input_ids` and `labels` (T,), and the context: `encoder_hidden_states` (S, d), or
-    `context_input_ids` (S,) with `encode_online`, with its text `context`. In training with `include_context_ids` the rows are walked
-    twice: first the questions with their answers, then the contexts themselves as text to be repeated.
+    An example is `input_ids` and `labels` (T,), and the context: its text `context`, and `encoder_hidden_states`
+    (S, d), or `context_input_ids` (S,) with `encode_online`. In training with `include_context_ids` the rows are
+    walked twice: first the questions with their answers, then the contexts themselves as text to be repeated.
     """
 
     def __init__(

@@ -148,9 +148,9 @@ def check(sets: dict[str, list[QA]]) -> None:
 
 
 def _singles(rows: Iterable[QA], count: int) -> list[QA]:
-    return _drawn([row for row in rows if len(row.context) <= LONGEST_SINGLE], lambda row: row.id + row.question)[
-        :count
-    ]
+    return _drawn(
+        [row for row in rows if len(row.context) <= LONGEST_SINGLE], lambda row: row.id + row.question
+    )[:count]
 
 
 def _drawn(values: Iterable[Any], text: Callable[[Any], str]) -> list[Any]:

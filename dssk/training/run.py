@@ -54,8 +54,12 @@ from dssk.utils.ranks import Ranks, launched
 
 def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     """Train the experiment that `run` names and leave checkpoints and the fused model in its folder."""
-    if launched() > 1 and run.minutes is not None:  # also refuses what only looks like a launcher's environment
-        raise DsskError("--minutes counts the CPU of one process, and a launcher started several: give --steps")
+    if (
+        launched() > 1 and run.minutes is not None
+    ):  # also refuses what only looks like a launcher's environment
+        raise DsskError(
+            "--minutes counts the CPU of one process, and a launcher started several: give --steps"
+        )
     exp_dict = choose_experiment(run, groups)
     cfg = parse_experiment(exp_dict)
     savedir = Path(run.savedir_base) / experiment_id(exp_dict)

@@ -41,7 +41,9 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         self.epoch = 0
         units = self._units(np.random.default_rng(0))
         steps = [unit.size // global_batch for unit in units]
-        self._steps = steps if any(steps) else [int(unit is units[0]) for unit in units]  # of each kind of units
+        self._steps = (
+            steps if any(steps) else [int(unit is units[0]) for unit in units]
+        )  # of each kind of units
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

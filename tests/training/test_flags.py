@@ -15,7 +15,17 @@ def test_the_flags_are_these_and_no_others():
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags == {
         *("-h", "--help", "-e", "--exp_group", "--exp_id", "--set", "-sb", "--savedir_base", "--data_path"),
-        *("-r", "--reset", "--steps", "--minutes", "--log_every", "--push_to_hub", "-j", "--j", "--job_scheduler"),
+        *(
+            "-r",
+            "--reset",
+            "--steps",
+            "--minutes",
+            "--log_every",
+            "--push_to_hub",
+            "-j",
+            "--j",
+            "--job_scheduler",
+        ),
         *("--wandb_entity_name", "--wandb_project_name", "--wandb_run_name", "--wandb_log_gradients"),
         *(
             "--save_total_limit",

@@ -332,8 +332,12 @@ def test_rows_of_one_context_lie_together_and_those_of_rare_ones_make_steps_of_t
         groups = numbers.reshape(-1, 4)
         assert (numbers < 15).all() or ((groups == groups[:, :1]).all() and (groups >= 15).all())
         assert len(set(step.tolist())) == 8
-    assert set(first.ravel().tolist()) != set(second.ravel().tolist())  # what was beyond a multiple comes, too
-    assert np.array_equal(EpochSampler(120, 8, 0, None, np.zeros(120, int)).order(3), EpochSampler(120, 8, 0).order(3))
+    assert set(first.ravel().tolist()) != set(
+        second.ravel().tolist()
+    )  # what was beyond a multiple comes, too
+    assert np.array_equal(
+        EpochSampler(120, 8, 0, None, np.zeros(120, int)).order(3), EpochSampler(120, 8, 0).order(3)
+    )
     assert len(list(EpochSampler(3, 8, 0, None, np.zeros(3, int), together=4))) == 8
 
 
