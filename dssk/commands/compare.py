@@ -9,7 +9,7 @@ the same command goes on where it was stopped.
 from collections.abc import Sequence
 
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS, RATE_FACTORS, SYSTEMS
-from dssk.utils.flags import Parser, bool_flag, positive_int
+from dssk.utils.flags import Parser, bool_flag, minutes, positive_int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,6 +59,12 @@ def build_parser() -> Parser:
     training = parser.add_argument_group("fine-tuning of lora_prompted and full_prompted")
     training.add_argument(
         "--steps", type=positive_int, metavar="STEPS", help="optimizer steps (as many as the checkpoint's)"
+    )
+    training.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="CPU_MINUTES",
+        help="end it after so many, in place of --steps; the learning rate has come down by then",
     )
     training.add_argument(
         "--batch_size", type=positive_int, metavar="PROMPTS", help="in a step (as the checkpoint's)"

@@ -32,7 +32,7 @@ def build_parser() -> Parser:
         "--dataset",
         help="raw questions instead, as dssk preproc reads them, or `toy`; encoded on the fly",
     )
-    parser.add_argument("--split", help="split to score (val)")
+    parser.add_argument("--split", help="split to score (val; all, where there is none)")
     parser.add_argument(
         "--controls", default=",".join(CONTROLS), help="with commas between; default: all, %(default)s"
     )

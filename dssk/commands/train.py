@@ -25,7 +25,7 @@ from dssk.training.flags import (
     JOB_ACTIONS,
     RunArgs,
 )
-from dssk.utils.flags import Parser, bool_flag, count, optional_str, positive_int
+from dssk.utils.flags import Parser, bool_flag, count, minutes, optional_str, positive_int
 
 EXP_CONFIGS, JOB_CONFIGS = Path("exp_configs.py"), Path("job_configs.py")
 Groups = dict[str, list[dict[str, Any]]]
@@ -154,19 +154,6 @@ def fused_choices(text: str) -> str:
     if "never" in words and len(words) > 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want never alone or the others")
     return text
-
-
-def minutes(text: str) -> float | None:
-    """Parse `--minutes`."""
-    if optional_str(text) is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want CPU minutes, such as 30")
-    return value
 
 
 def job_action(text: str) -> str | None:

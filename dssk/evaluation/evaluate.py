@@ -76,17 +76,31 @@ class CrossAttentionSystem:
         asked = self.questions.rows
         prompted = [tokenize_question(self.tokenizer, asked[trial.question].question) for trial in chosen]
         targets = [tokenize_answer(self.tokenizer, asked[row].answers[0]) for row in rows]
-        with torch.no_grad():
-            context = context_batch(self.model, self._states(rows, chosen))  # projected once for both
+        context = self._context(rows, chosen)  # projected once for both
         texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)
         losses = nll_batch(self.model, self.tokenizer, prompted, targets, **context)
         return list(zip(texts, losses, strict=True))
 
+    @torch.no_grad()
+    def _context(self, rows: Sequence[int], chosen: Sequence[Trial]) -> dict[str, Any]:
+        """The model's arguments for each row's context, each projected once; none where the trials have no context."""
+        if chosen[0].context is None:
+            return {}
+        asked = self.questions.rows
+        numbers: dict[tuple[str, int | None], int] = {}
+        which = [
+            numbers.setdefault(
+                (asked[trial.context or 0].context, row if trial.shuffled else None), len(numbers)
+            )
+            for row, trial in zip(rows, chosen, strict=True)
+        ]
+        first = [which.index(number) for number in range(len(numbers))]
+        states = self._states([rows[i] for i in first], [chosen[i] for i in first])
+        return {"context": context_batch(self.model, states)["context"].of_rows(which)}
+
     def _states(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[torch.Tensor]:
-        """The encoder states of each row's trial; none where the trials have no context."""
+        """The encoder states of each row's trial."""
         numbers = [trial.context for trial in chosen if trial.context is not None]
-        if not numbers:
-            return []
         states = self.questions.states(self.model, numbers)
         return [
             state[torch.from_numpy(np.random.default_rng(row).permutation(len(state)))]

@@ -69,12 +69,12 @@ def load_questions(
 ) -> QuestionSet:
     """The questions of a store, or of raw data that preprocessing could read (a file, a folder, a name on the Hub).
 
-    `split` is `val` if not given; raw data that is not divided is taken whole. At most `limit` rows are taken, spread
-    evenly. `makers` make rows on the spot, by the name of their data set. Raises `DsskError` for a split that is not
-    there and for rows of no known schema.
+    `split` is `val` if not given; data that is not divided, or a store without rows there, is taken whole. At most
+    `limit` rows are taken, spread evenly. `makers` make rows on the spot, by the name of their data set. Raises
+    `DsskError` for a split that is not there and for rows of no known schema.
     """
     if (Path(path) / MANIFEST).is_file():
-        return _from_store(path, tokenizer, config, split or "val", limit)
+        return _from_store(path, tokenizer, config, split, limit)
     return _from_source(path, tokenizer, config, split, limit, makers or {})
 
 
@@ -82,10 +82,11 @@ def _from_store(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
-    split: str,
+    split: str | None,
     limit: int | None,
 ) -> QuestionSet:
     tables = load_rows(path)
+    split = split or ("val" if len(tables["val"]) else "train")
     if split not in tables:
         raise DsskError(f"{path} has no split {split}, it has {', '.join(tables)}")
     manifest = load_manifest(path)

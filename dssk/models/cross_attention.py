@@ -46,6 +46,11 @@ class ProjectedContext:
     def __deepcopy__(self, memo: dict) -> "ProjectedContext":
         return self  # generation copies its arguments; nothing here is ever written to
 
+    def of_rows(self, numbers: list[int]) -> "ProjectedContext":
+        """One context for each decoder row: those of these numbers, which may repeat."""
+        keys, values = (tuple(t[numbers] for t in tensors) for tensors in (self.keys, self.values))
+        return ProjectedContext(keys, values, None if self.mask is None else self.mask[numbers])
+
     @property
     def nbytes(self) -> int:
         """Bytes held by keys and values."""

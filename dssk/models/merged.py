@@ -137,6 +137,11 @@ class MergedContext:
     def __deepcopy__(self, memo: dict) -> "MergedContext":
         return self  # generation copies its arguments; nothing here is ever written to
 
+    def of_rows(self, numbers: list[int]) -> "MergedContext":
+        """One context for each decoder row: those of these numbers, which may repeat."""
+        keys, values = (tuple(t[numbers] for t in tensors) for tensors in (self.keys, self.values))
+        return MergedContext(keys, values, self.mask[numbers], self.lengths[numbers])
+
     @property
     def nbytes(self) -> int:
         """Bytes held by keys and values."""

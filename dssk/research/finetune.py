@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import (
@@ -25,19 +26,23 @@ from transformers import (
     set_seed,
 )
 
+from dssk.data.collate import Collator
 from dssk.errors import Diverged, DsskError
 from dssk.evaluation.questions import Question
 from dssk.inference.batching import IGNORED
 from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import tokenize_answer
+from dssk.models.loss import next_token_loss, shifted
 from dssk.models.shapes import window
 from dssk.research.prompted import make_prompt
+from dssk.training.budget import SCHEDULE_STEPS, CpuBudget, StopAtBudget
+from dssk.training.sampler import EpochSampler
 from dssk.utils import files
 from dssk.utils.console import watched
 from dssk.utils.json_files import read_json
 
 SETTINGS_FILE = "settings.json"
-# Multiples of the rate that the blocks were trained at; the best of those tried on the toy.
+MINUTES_LOGGED_STEPS = 20  # between logs of a training that minutes end
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,15 @@ class FineTuning:
     loss_on: Literal[
         "all", "answer"
     ]  # question and answer, as the cross-attention learns them, or the answer alone
-    steps: int  # optimizer steps
+    steps: int  # optimizer steps, at most
     batch_size: int  # prompts a step
     learning_rate: float  # at its peak, after a twentieth of the steps; then falling to 0
     lora_rank: int
     seed: int
+    questions_per_context: int = (
+        1  # prompts of a step that share their context, which is then read once for them
+    )
+    minutes: float | None = None  # CPU minutes after which training ends, with the learning rate come down
 
 
 def fine_tuned(
@@ -101,11 +110,12 @@ def _train(
         )
         model = _peft().get_peft_model(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    budget = CpuBudget(settings.minutes)
     examples = [
         _example(tokenizer, question, positions, settings.loss_on)
         for question in tqdm(questions, desc="prompts", disable=None)
     ]
-    trainer = _trainer(model, tokenizer, examples, settings, folder)
+    trainer = _trainer(model, tokenizer, examples, settings, folder, budget)
     loss = trainer.train().training_loss
     if not loss < float("inf"):
         raise Diverged(f"{settings.method}: the loss is {loss}: lower --learning_rate")
@@ -113,7 +123,13 @@ def _train(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    facts = {"settings": asdict(settings), "trained_parameters": trained, "mean_loss": round(loss, 4)}
+    facts = {
+        "settings": asdict(settings),
+        "trained_parameters": trained,
+        "mean_loss": round(loss, 4),
+        "cpu_seconds": round(budget.used, 1),
+        "questions": trainer.state.global_step * settings.batch_size,
+    }
     files.publish_json(partial / SETTINGS_FILE, facts)
     files.remove(folder)
     partial.rename(folder)
@@ -121,23 +137,89 @@ def _train(
 
 def _example(
     tokenizer: PreTrainedTokenizerBase, question: Question, positions: int, loss_on: str
-) -> dict[str, list[int]]:
+) -> dict[str, Any]:
+    """A prompt in its two parts: what is read alone, and what is learned after it."""
     answer = tokenize_answer(tokenizer, question.answers[0])
     prompt = make_prompt(tokenizer, question, positions, len(answer))
     asked = prompt.question if loss_on == "all" else [IGNORED] * len(prompt.question)
     return {
-        "input_ids": prompt.tokens + answer,
-        "labels": [IGNORED] * len(prompt.context) + asked + answer,
+        "context": question.context,
+        "context_input_ids": prompt.context,
+        "input_ids": prompt.question + answer,
+        "labels": asked + answer,
     }
+
+
+def whole(example: dict[str, Any]) -> dict[str, list[int]]:
+    """An example as one text."""
+    context = example["context_input_ids"]
+    return {
+        "input_ids": context + example["input_ids"],
+        "labels": [IGNORED] * len(context) + example["labels"],
+    }
+
+
+class PrefixTrainer(Trainer):
+    """Trainer whose batches hold contexts (C, S) and B texts after them, B / C after each; it reads each once."""
+
+    def __init__(self, *args: Any, settings: FineTuning, budget: CpuBudget, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        self.budget = budget
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        together = self.settings.questions_per_context
+        if together == 1:
+            return super()._get_train_sampler(train_dataset)
+        data: Any = self.train_dataset
+        numbers = {text: number for number, text in enumerate({example["context"]: 0 for example in data})}
+        contexts = np.array([numbers[example["context"]] for example in data])
+        lengths = np.array([len(example["context"]) for example in data])
+        settings = self.settings
+        return EpochSampler(len(data), settings.batch_size, settings.seed, lengths, contexts, together)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.budget.limit is None:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
+        self.budget.decide(scheduler)
+        return scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if "context_input_ids" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return prefix_loss(model, inputs)
+
+
+def prefix_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean loss of texts (B, T) that follow contexts (C, S), each padded on the right; gradients reach both."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask = batch["context_attention_mask"].long()
+    read = plain.base_model(batch["context_input_ids"], attention_mask=mask, use_cache=True)
+    rows, tokens = batch["input_ids"].shape
+    repeats = rows // len(mask)
+    read.past_key_values.batch_repeat_interleave(repeats)
+    before = mask.sum(-1).repeat_interleave(repeats)
+    hidden = plain.base_model(
+        batch["input_ids"],
+        past_key_values=read.past_key_values,
+        attention_mask=torch.cat([mask.repeat_interleave(repeats, 0), batch["attention_mask"].long()], 1),
+        position_ids=before[:, None] + torch.arange(tokens, device=mask.device),
+        use_cache=True,
+    ).last_hidden_state
+    head = plain.get_output_embeddings()
+    return next_token_loss(hidden, head, shifted(batch["labels"]), plain.config.vocab_size)
 
 
 def _trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, list[int]]],
+    examples: list[dict[str, Any]],
     settings: FineTuning,
     folder: Path,
+    budget: CpuBudget,
 ) -> Trainer:
+    together = settings.questions_per_context > 1
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -146,7 +228,7 @@ def _trainer(
         warmup_steps=0.05,  # of all steps
         weight_decay=0.01,
         adam_beta2=0.98,
-        logging_steps=max(settings.steps // 10, 1),
+        logging_steps=max(settings.steps // 10, 1) if budget.limit is None else MINUTES_LOGGED_STEPS,
         save_strategy="no",
         report_to=[],
         seed=settings.seed,
@@ -154,13 +236,19 @@ def _trainer(
         train_sampling_strategy="group_by_length",
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not watched(),
+        remove_unused_columns=not together,
     )
-    trainer = Trainer(
+    assert tokenizer.pad_token_id is not None
+    trainer = PrefixTrainer(
         model,
         args,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads labels, too
-        train_dataset=examples,
-        callbacks=[_Progress(settings)],
+        data_collator=Collator(tokenizer.pad_token_id, share_contexts=True)
+        if together
+        else DataCollatorForSeq2Seq(tokenizer),  # pads labels, too
+        train_dataset=examples if together else [whole(example) for example in examples],
+        callbacks=[_Progress(settings), StopAtBudget(budget)],
+        settings=settings,
+        budget=budget,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

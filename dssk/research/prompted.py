@@ -84,14 +84,17 @@ class PromptedSystem:
 
 
 class PrefixCachedSystem(PromptedSystem):
-    """The same with the keys and values of every context read from disk: its answers are those of `PromptedSystem`."""
+    """The same with a cache of every context, read from disk: its answers are those of `PromptedSystem`.
+
+    Without a folder nothing is kept beyond a batch, whose questions then share what the model made of their contexts.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         questions: QuestionSet,
-        folder: Path,
+        folder: Path | None,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ):
         super().__init__(model, tokenizer, questions, max_new_tokens)
@@ -109,21 +112,26 @@ class PrefixCachedSystem(PromptedSystem):
 class PrefixCache:
     """Keys and values of contexts on disk, in the model's own type: a safetensors file each, made when first asked for.
 
-    The folder must belong to one model.
+    The folder must belong to one model. Without one, those of the contexts asked for last are held in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path):
+    def __init__(self, model: PreTrainedModel, folder: Path | None):
         if kv_cache_values(model.config) == 0:
             raise DsskError(
                 f"a {model.config.model_type} model has no KV cache: leave prompted_prefix_cache out"
             )
         self.model = model
         self.folder = folder
-        files.make_folder(folder)
+        self._held: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        if folder is not None:
+            files.make_folder(folder)
 
     def load(self, contexts: Sequence[Tokens]) -> DynamicCache:
         """The cache of B contexts, padded on the left; for `generate`, which extends it."""
         longest = max(map(len, contexts))
+        if self.folder is None:
+            asked = {tuple(context): context for context in contexts}
+            self._held = {key: self._held.get(key) or self._make(context) for key, context in asked.items()}
         stored = [self._read(context) for context in contexts]
         keys, values = (
             torch.stack(
@@ -138,13 +146,17 @@ class PrefixCache:
 
     def _read(self, context: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (L, K, S, D) of one context."""
+        if self.folder is None:
+            held = self._held[tuple(context)]
+            return held["keys"], held["values"]
         path = self.path(context)
         if not path.exists():
-            self._write(context)
+            with files.publish(path) as file:
+                file.write(save(self._make(context)))
         with safe_open(path, "pt") as file:
             return file.get_tensor("keys"), file.get_tensor("values")
 
-    def _write(self, context: Tokens) -> None:
+    def _make(self, context: Tokens) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             ids = torch.tensor([context], device=self.model.device)
             # Without a configuration the cache holds every token, also in layers that look back only so far.
@@ -152,15 +164,14 @@ class PrefixCache:
             layers = self.model(
                 ids, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).past_key_values.layers
-        tensors = {
+        return {
             "keys": torch.cat([layer.keys for layer in layers]).cpu().contiguous(),
             "values": torch.cat([layer.values for layer in layers]).cpu().contiguous(),
         }
-        with files.publish(self.path(context)) as file:
-            file.write(save(tensors))
 
     def path(self, context: Tokens) -> Path:
         """Where the cache of a context lies."""
+        assert self.folder is not None
         digest = xxhash.xxh3_128_hexdigest(torch.tensor(context).numpy().tobytes())
         return self.folder / f"{digest}.safetensors"
 

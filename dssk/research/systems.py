@@ -16,13 +16,14 @@ from dssk.evaluation.questions import QuestionSet, load_questions
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import device, find_model, load_base, load_model
 from dssk.inference.tokenizer import template_version
-from dssk.models.shapes import window
+from dssk.models.shapes import kv_cache_values, window
 from dssk.research.finetune import FineTuning, fine_tuned
 from dssk.research.heuristics import HeuristicSystem
 from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
 from dssk.utils.defaults import CONTROLS, RATE_FACTORS
 
 HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
+MOST_STEPS = 1_000_000  # of a training that minutes end
 _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
 
 
@@ -39,6 +40,7 @@ class Comparison:
     eval_batch_size: int  # questions answered at a time
     max_new_tokens: int
     steps: int | None  # of fine-tuning; None, here and below: as the checkpoint's
+    minutes: float | None  # CPU minutes that end it; None: steps do
     batch_size: int | None  # prompts a step
     learning_rate: float | None  # at its peak
     lora_rank: int
@@ -105,12 +107,14 @@ class Systems:
             base=self.base_fingerprint,
             data=self.train_questions.fingerprint,
             loss_on=experiment.get("loss_on", "all"),
-            steps=wanted.steps or experiment.get("step") or 1000,
+            steps=wanted.steps or (wanted.minutes and MOST_STEPS) or experiment.get("step") or 1000,
             batch_size=wanted.batch_size or rows,
             learning_rate=wanted.learning_rate
             or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
             lora_rank=wanted.lora_rank,
             seed=wanted.seed,
+            questions_per_context=experiment.get("questions_per_context", 1),
+            minutes=wanted.minutes,
         )
 
     @cached_property
@@ -155,7 +159,13 @@ class Systems:
         if system == "prompted_prefix_cache":
             folder = self.output / "prefix_cache" / self.base_fingerprint
             return PrefixCachedSystem(model, self.tokenizer, questions, folder, new_tokens)
-        prompted = PromptedSystem(model, self.tokenizer, questions, new_tokens)
+        # Questions of one context share what the model makes of it, where that is kept in a cache.
+        cached = kv_cache_values(model.config) > 0
+        prompted = (
+            PrefixCachedSystem(model, self.tokenizer, questions, None, new_tokens)
+            if cached
+            else PromptedSystem(model, self.tokenizer, questions, new_tokens)
+        )
         if prompted.num_cut:
             room = window(model.config)
             print(

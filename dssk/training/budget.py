@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 SCHEDULE_STEPS = 10_000  # that a schedule is divided into when time decides how far it is
 
@@ -57,12 +58,13 @@ class CpuBudget:
 
 
 class StopAtBudget(TrainerCallback):
-    """Evaluate, save and end in the step after which the CPU seconds are used up."""
+    """Evaluate, save (where one does) and end in the step after which the CPU seconds are used up."""
 
     def __init__(self, budget: CpuBudget):
         self.budget = budget
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.budget.share >= 1:
-            control.should_log = control.should_evaluate = control.should_save = True
-            control.should_training_stop = True
+            control.should_log = control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
+            control.should_save = args.save_strategy != SaveStrategy.NO

@@ -77,3 +77,16 @@ def positive_int(text: str) -> int:
 def count(text: str) -> int:
     """Parse a whole number of at least 0."""
     return 0 if text.strip() == "0" else positive_int(text)
+
+
+def minutes(text: str) -> float | None:
+    """Parse CPU minutes, above 0; what launchers re-send for "not given" is None."""
+    if optional_str(text) is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want CPU minutes, such as 30")
+    return value

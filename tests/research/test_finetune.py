@@ -1,14 +1,19 @@
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from dssk.data.collate import Collator
 from dssk.evaluation.questions import Question
+from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.research.finetune import FineTuning, _example, fine_tuned
+from dssk.research.finetune import FineTuning, _example, fine_tuned, prefix_loss, whole
 from tests.conftest import question_rows
+from tests.families import tiny_base
 
 SETTINGS = FineTuning(
     method="full",
@@ -31,7 +36,7 @@ def tokenizer(base_path):
 
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
 def test_the_context_is_read_and_not_learned(tokenizer, loss_on):
-    example = _example(tokenizer, Question("0", "who", "the mill", ["Ann"]), 256, loss_on)
+    example = whole(_example(tokenizer, Question("0", "who", "the mill", ["Ann"]), 256, loss_on))
     assert tokenizer.decode(example["input_ids"]) == (
         "context: the mill \n question: who \n answer: Ann<|endoftext|>"
     )
@@ -69,3 +74,33 @@ def test_every_weight_or_only_adapters_are_trained_and_kept(base, base_path, tok
     assert "step 3/3" in capsys.readouterr().out
     assert json.loads((tmp_path / "lora" / "settings.json").read_text())["settings"]["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "lora"]
+
+
+def test_prompts_that_share_their_context_learn_as_whole_ones_do(tokenizer, tmp_path):
+    """Rotary positions: whatever is wrong with where a text goes on shows."""
+    tiny_base("llama", tmp_path, vocab_size=len(tokenizer), max_position_embeddings=256)
+    model = load_base(tmp_path, dtype=torch.float32)
+    examples = [_example(tokenizer, question, 256, "answer") for question in QUESTIONS[:4]]
+    batch = Collator(tokenizer.pad_token_id, share_contexts=True)(examples)
+    assert len(batch["context_input_ids"]) == 2
+    labels = sum(len(example["labels"]) - example["labels"].count(-100) for example in examples)
+    total = 0.0
+    for example in examples:
+        ids, wanted = (torch.tensor([whole(example)[name]]) for name in ("input_ids", "labels"))
+        total += model(ids, labels=wanted).loss * (wanted != -100).sum()
+    loss = prefix_loss(model, batch)
+    assert loss.item() == pytest.approx((total / labels).item(), abs=1e-5)
+
+
+def test_shared_contexts_are_trained_on_until_the_minutes_are_over(
+    base_path, tokenizer, tmp_path, monkeypatch
+):
+    ticks = itertools.count()
+    monkeypatch.setattr("dssk.training.budget.time", SimpleNamespace(process_time=lambda: float(next(ticks))))
+    settings = replace(
+        SETTINGS, method="lora", steps=1000, questions_per_context=2, batch_size=4, minutes=0.5
+    )
+    fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / "lora")
+    facts = json.loads((tmp_path / "lora" / "settings.json").read_text())
+    assert 30 <= facts["cpu_seconds"] < 40
+    assert 8 <= facts["questions"] < 100

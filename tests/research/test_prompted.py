@@ -67,6 +67,9 @@ def test_a_stored_cache_changes_no_answer(tmp_path, tokenizer, questions, config
     cold = PromptedSystem(model, tokenizer, questions, max_new_tokens=8)
     cached = PrefixCachedSystem(model, tokenizer, questions, tmp_path / "cache", max_new_tokens=8)
     rows = list(range(len(questions)))
+    held = PrefixCachedSystem(model, tokenizer, questions, None, max_new_tokens=8)
+    assert [answer["with_context"][0] for answer in held(rows)] == [a["with_context"][0] for a in cold(rows)]
+    assert len(held.cache._held) == len({tuple(prompt.context) for prompt in cold.prompts})
     for _ in range(2):  # first the files are made, then they are read
         for ours, theirs in zip(cached(rows), cold(rows), strict=True):
             assert ours["with_context"][0] == theirs["with_context"][0]
