@@ -33,6 +33,11 @@ def answer(text: str) -> str:
     return f" {text}"
 
 
+def worked_answer(text: str) -> str:
+    """What follows `question_after_context(...)` in a worked example: the next one, or the prompt, comes after it."""
+    return f"{answer(text)}\n\n"
+
+
 def repeat_task(what: str) -> str:
     """The head of a repetition task: the model then repeats `what` (question, answer, both or context)."""
     return f"repeat {what}:"

@@ -2,13 +2,13 @@
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or whole (`full_prompted`). Controls and two heuristics stand beside them. What is finished is kept:
-the same command goes on where it was stopped.
+(`lora_prompted`) or whole (`full_prompted`); `prompted_examples`, if named, has two worked examples before its prompt.
+Controls and two heuristics stand beside them. What is finished is kept: the same command goes on where it was stopped.
 """
 
 from collections.abc import Sequence
 
-from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS, RATE_FACTORS, SYSTEMS
+from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS, RATE_FACTORS, SYSTEMS
 from dssk.utils.flags import Parser, bool_flag, minutes, positive_int
 
 
@@ -32,6 +32,11 @@ def build_parser() -> Parser:
     parser.add_argument("--output", default="runs/compare", metavar="DIR", help="folder to write")
     parser.add_argument(
         "--systems", default=",".join(SYSTEMS), help="with commas between; default: all, %(default)s"
+    )
+    parser.add_argument(
+        "--controls",
+        default=",".join(CONTROLS),
+        help="of the fused model, with commas between; default: all, %(default)s",
     )
     parser.add_argument(
         "--eval",

@@ -2,8 +2,8 @@
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or whole (`full_prompted`). Controls and two heuristics stand beside them. What is finished is kept:
-the same command goes on where it was stopped.
+(`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two worked examples before its prompt.
+Controls and two heuristics stand beside them. What is finished is kept: the same command goes on where it was stopped.
 """
 
 import tempfile
@@ -17,10 +17,10 @@ from dssk.evaluation.questions import QuestionSet, check_encodings, load_questio
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
 from dssk.research import cost
-from dssk.research.prompted import cache_bytes_per_token, make_prompt
+from dssk.research.prompted import cache_bytes_per_token, make_prompt, worked
 from dssk.research.systems import HEURISTICS, Comparison, Systems
 from dssk.utils import files
-from dssk.utils.defaults import CONTROLS, SYSTEMS
+from dssk.utils.defaults import CONTROLS, FURTHER_SYSTEMS, SYSTEMS
 from dssk.utils.flags import nearest
 from dssk.utils.json_files import read_json
 from dssk.utils.ranks import Ranks
@@ -96,7 +96,8 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet) -> di
 
 def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:
     """The cost columns of all systems, measured together on some of the questions."""
-    positions = window(systems.config)
+    before = worked(systems.tokenizer, systems.examples) if "prompted_examples" in names else []
+    positions = window(systems.config) - len(before)
     chosen = [
         make_prompt(systems.tokenizer, questions.rows[i], positions, cost.NEW_TOKENS)
         for i in spread(len(questions), TIMED_QUESTIONS)
@@ -113,7 +114,7 @@ def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet
                 timed[name] = cost.prefix_cached(model, chosen, Path(folder) / "prefix_cache")
                 num_bytes[name] = cache_bytes_per_token(model)
             else:
-                timed[name] = cost.prompting(model)
+                timed[name] = cost.prompting(model, before if name == "prompted_examples" else [])
         seconds = cost.measure(timed, chosen)
     return {
         name: {
@@ -166,11 +167,12 @@ def _cell(row: Row, key: str, style: str) -> str:
 
 def system_list(text: str) -> list[str]:
     """Parse the names of systems, divided by commas."""
+    known = (*SYSTEMS, *FURTHER_SYSTEMS)
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in SYSTEMS:
-            raise DsskError(f"no system {name!r}{nearest(name, SYSTEMS)}: want some of {','.join(SYSTEMS)}")
-    return [system for system in SYSTEMS if system in names]
+        if name not in known:
+            raise DsskError(f"no system {name!r}{nearest(name, known)}: want some of {','.join(known)}")
+    return [system for system in known if system in names]
 
 
 def compare_and_show(wanted: Comparison) -> None:

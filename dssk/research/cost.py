@@ -65,9 +65,9 @@ def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str
     }
 
 
-def prompting(model: PreTrainedModel) -> Generate:
-    """Read the whole prompt."""
-    return lambda prompt, clock: _generate(model, prompt.tokens, clock)
+def prompting(model: PreTrainedModel, before: Sequence[int] = ()) -> Generate:
+    """Read the whole prompt, and what stands before it."""
+    return lambda prompt, clock: _generate(model, [*before, *prompt.tokens], clock)
 
 
 def prefix_cached(model: PreTrainedModel, prompts: Sequence[Prompt], folder: Path) -> Generate:

@@ -14,11 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from dssk import prompts
 from dssk.errors import DsskError
 from dssk.evaluation.predictions import Answers
 from dssk.evaluation.questions import Question, QuestionSet
 from dssk.inference.generation import Tokens, generate_batch, nll_batch
-from dssk.inference.tokenizer import tokenize_answer, tokenize_context, tokenize_question_after_context
+from dssk.inference.tokenizer import (
+    tokenize,
+    tokenize_answer,
+    tokenize_context,
+    tokenize_question_after_context,
+)
 from dssk.models.shapes import kv_cache_values, window
 from dssk.utils import files
 from dssk.utils.defaults import MAX_NEW_TOKENS
@@ -46,6 +52,20 @@ def make_prompt(
     return Prompt(context[:room], question, len(context) > room)
 
 
+def worked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Question]) -> Tokens:
+    """Questions with their contexts and answers, to stand before a prompt: they show what is wanted."""
+    return [
+        token
+        for row in examples
+        for part in (
+            tokenize_context(tokenizer, row.context),
+            tokenize_question_after_context(tokenizer, row.question),
+            tokenize(tokenizer, prompts.worked_answer(row.answers[0])),
+        )
+        for token in part
+    ]
+
+
 class PromptedSystem:
     """A plain model that reads context and question anew for every answer."""
 
@@ -55,16 +75,19 @@ class PromptedSystem:
         tokenizer: PreTrainedTokenizerBase,
         questions: QuestionSet,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        examples: Sequence[Question] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.targets = [tokenize_answer(tokenizer, row.answers[0]) for row in questions.rows]
         positions = window(model.config)
-        self.prompts = [
-            make_prompt(tokenizer, row, positions, max(max_new_tokens, len(target)))
+        before = worked(tokenizer, examples)
+        asked = [
+            make_prompt(tokenizer, row, positions - len(before), max(max_new_tokens, len(target)))
             for row, target in zip(questions.rows, self.targets, strict=True)
         ]
+        self.prompts = [prompt._replace(context=before + prompt.context) for prompt in asked]
 
     @property
     def num_cut(self) -> int:
@@ -96,8 +119,9 @@ class PrefixCachedSystem(PromptedSystem):
         questions: QuestionSet,
         folder: Path | None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        examples: Sequence[Question] = (),
     ):
-        super().__init__(model, tokenizer, questions, max_new_tokens)
+        super().__init__(model, tokenizer, questions, max_new_tokens, examples)
         self.cache = PrefixCache(model, folder)
 
     def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:

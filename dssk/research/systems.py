@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from dssk.checkpoint import MANIFEST, load_manifest
 from dssk.errors import DsskError
-from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint
+from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint, control_list
 from dssk.evaluation.predictions import System
-from dssk.evaluation.questions import QuestionSet, load_questions
+from dssk.evaluation.questions import Question, QuestionSet, load_questions
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import device, find_model, load_base, load_model
 from dssk.inference.tokenizer import template_version
@@ -23,6 +23,7 @@ from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
 from dssk.utils.defaults import CONTROLS, RATE_FACTORS
 
 HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
+WORKED_EXAMPLES = 2  # in the prompts of prompted_examples
 MOST_STEPS = 1_000_000  # of a training that minutes end
 _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
 
@@ -35,6 +36,7 @@ class Comparison:
     data_path: str  # store: trains on its train split, scores on val
     output: str
     systems: str  # with commas between
+    controls: str  # of the fused model, with commas between
     eval: Sequence[str]  # NAME=STORE_OR_FILE
     max_questions: int | None  # of each set; None: all
     eval_batch_size: int  # questions answered at a time
@@ -61,6 +63,7 @@ class Systems:
             raise DsskError(
                 f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
             )
+        self.controls = control_list(wanted.controls)
         self._plain: dict[str, tuple[PreTrainedModel, int]] = {}
 
     def model(self, system: str) -> PreTrainedModel:
@@ -142,11 +145,22 @@ class Systems:
         }
         if system == "cross_attention":
             settings["checkpoint"] = checkpoint_fingerprint(self.folder)
+            if self.controls != list(CONTROLS):
+                settings["controls"] = self.controls
         elif system in _METHODS:
             settings |= asdict(self.fine_tuning(system))
         elif system not in HEURISTICS:
             settings["base"] = self.base_fingerprint
+        if system == "prompted_examples":
+            settings["examples"] = [question.id for question in self.examples]
         return settings
+
+    @cached_property
+    def examples(self) -> list[Question]:
+        """Worked examples for a prompt: the questions of the training split with the shortest contexts."""
+        rows = self.train_questions.rows
+        texts = {row.context: row for row in sorted(rows, key=lambda row: (len(row.context), row.id))}
+        return list(texts.values())[:WORKED_EXAMPLES]
 
     def answering(self, system: str, questions: QuestionSet) -> System:
         """What answers the questions; contexts that a prompt has no room for are counted and printed."""
@@ -154,17 +168,17 @@ class Systems:
         if system in HEURISTICS:
             return HeuristicSystem(system.removeprefix("heuristic/"), questions)
         if system == "cross_attention":
-            return CrossAttentionSystem(self.fused, self.tokenizer, questions, CONTROLS, new_tokens)
+            return CrossAttentionSystem(self.fused, self.tokenizer, questions, self.controls, new_tokens)
         model = self.model(system)
         if system == "prompted_prefix_cache":
             folder = self.output / "prefix_cache" / self.base_fingerprint
             return PrefixCachedSystem(model, self.tokenizer, questions, folder, new_tokens)
+        examples = self.examples if system == "prompted_examples" else []
         # Questions of one context share what the model makes of it, where that is kept in a cache.
-        cached = kv_cache_values(model.config) > 0
         prompted = (
-            PrefixCachedSystem(model, self.tokenizer, questions, None, new_tokens)
-            if cached
-            else PromptedSystem(model, self.tokenizer, questions, new_tokens)
+            PrefixCachedSystem(model, self.tokenizer, questions, None, new_tokens, examples)
+            if kv_cache_values(model.config)
+            else PromptedSystem(model, self.tokenizer, questions, new_tokens, examples)
         )
         if prompted.num_cut:
             room = window(model.config)

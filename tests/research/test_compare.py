@@ -111,3 +111,18 @@ def test_mistakes_are_named(run_compare):
     for entry in ("nothing", "val=x", "a/b=x"):
         with pytest.raises(DsskError, match="want name=STORE_OR_FILE"):
             run_compare("--eval", entry)
+
+
+def test_worked_examples_and_some_controls(run_compare, tmp_path):
+    table = run_compare(
+        "--systems", "cross_attention,prompted_examples", "--controls", "no_context,with_context"
+    )
+    assert [row["system"] for row in table][:3] == [
+        "cross_attention",
+        "cross_attention/no_context",
+        "prompted_examples",
+    ]
+    kept = json.loads((tmp_path / "out" / "scores-val-prompted_examples.json").read_text())["settings"]
+    assert len(kept["examples"]) == 2
+    kept = json.loads((tmp_path / "out" / "scores-val-cross_attention.json").read_text())["settings"]
+    assert kept["controls"] == ["with_context", "no_context"]

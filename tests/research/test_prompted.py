@@ -12,6 +12,7 @@ from dssk.research.prompted import (
     PromptedSystem,
     cache_bytes_per_token,
     make_prompt,
+    worked,
 )
 from tests.conftest import fused, make_base
 
@@ -30,6 +31,22 @@ def test_a_prompt_is_context_and_question(tokenizer):
     prompt = make_prompt(tokenizer, Question("0", "who", "the mill", ["x"]), 256, 8)
     assert tokenizer.decode(prompt.tokens) == "context: the mill \n question: who \n answer:"
     assert not prompt.was_cut
+
+
+def test_worked_examples_stand_before_a_prompt_and_take_their_room(base, tokenizer, questions):
+    example = Question("0", "who", "the mill", ["Ann"])
+    assert (
+        tokenizer.decode(worked(tokenizer, [example]))
+        == "context: the mill \n question: who \n answer: Ann\n\n"
+    )
+    plain, shown = (
+        PromptedSystem(base, tokenizer, questions, 6, examples) for examples in ([], [example] * 2)
+    )
+    assert tokenizer.decode(shown.prompts[0].tokens) == (
+        2 * "context: the mill \n question: who \n answer: Ann\n\n"
+        + tokenizer.decode(plain.prompts[0].tokens)
+    )
+    assert all(len(prompt.tokens) + 6 <= 256 for prompt in shown.prompts)
 
 
 def test_a_context_that_does_not_fit_is_cut_at_its_end(tokenizer):
