@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TOY = runs/demo/seed-$(SEED)
 
-.PHONY: install install-test demo compare lint test test-slurm test-launchers test-transformers bench-model bench-data bench-train clean
+.PHONY: install install-test demo compare lint test test-slurm test-faults test-launchers test-transformers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -57,6 +57,16 @@ test: lint
 # A real Slurm of two nodes on this machine; tests/cluster/install_slurm.sh installs it.
 test-slurm: install-test
 	$(BIN)/pytest -m slurm --durations=0
+
+# What breaks commands: mutated inputs, flipped bytes, kills, two at once, and faults in the package itself. Each figure
+# is the last line of its command; all in all up to an hour.
+test-faults: install-test
+	$(BIN)/python -m tests.faults.mutants
+	$(BIN)/python -m tests.faults.fuzz --count 2500 --minutes 15
+	$(BIN)/python -m tests.faults.flip --count 500 --minutes 5
+	$(BIN)/python -m tests.faults.kill --count 20 --minutes 10
+	$(BIN)/python -m tests.faults.race --count 6 --minutes 5
+	$(BIN)/python -m tests.faults.train_faults term --count 10
 
 # Every launcher on two CPU ranks. It installs DeepSpeed, which compiles for about a minute on its first run.
 test-launchers: install-test

@@ -29,7 +29,7 @@ pytest_plugins = ["tests.browser"]
 
 os.umask(0o022)  # what the modes in the tests are written for
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
-ELSEWHERE = "Slurm's tests: make test-slurm; every launcher: make test-launchers"
+ELSEWHERE = "Slurm's tests: make test-slurm; every launcher: make test-launchers; thousands of faults: make test-faults"
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

@@ -7,6 +7,7 @@ each layer that was tried; and layers.png, the curve. Texts are files of paragra
 rows with a "context" (JSONL, CSV, Parquet, ...); some are held out to score the layers.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,14 @@ REPORT, CURVE = "calibration.json", "layers.png"  # written beside the model
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    from dssk.utils.files import only_writer
+
+    with only_writer(args.output):
+        calibrate(args)
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """What the flags ask for."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
     from dssk.inference.calibrate import calibrated, divided, first_tokens, scan

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from dssk.checkpoint import load_manifest, write_checkpoint
+from dssk.checkpoint import discard, finish_checkpoint, load_manifest
 from dssk.errors import DsskError
 from dssk.inference.loading import find_model, load_model
+from dssk.utils import files
 
 
 def export(checkpoint: Path, output: Path, base_model: str | None = None, base_only: bool = False) -> int:
@@ -12,6 +13,11 @@ def export(checkpoint: Path, output: Path, base_model: str | None = None, base_o
 
     With `base_only` the plain base is taken out of it instead, as transformers alone can load it.
     """
+    with files.only_writer(output):
+        return _export(checkpoint, output, base_model, base_only)
+
+
+def _export(checkpoint: Path, output: Path, base_model: str | None, base_only: bool) -> int:
     if output.exists() and not _is_export(output):
         raise DsskError(f"--output {output} exists and is no export: want a new folder")
     model, tokenizer = load_model(checkpoint, base_model=base_model)
@@ -19,10 +25,12 @@ def export(checkpoint: Path, output: Path, base_model: str | None = None, base_o
     if base_only:
         model = model.plain_base()
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with write_checkpoint(output, facts, num_bytes):
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+    files.require_free(output.parent, num_bytes, output.name)
+    with files.publish_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        finish_checkpoint(folder, facts)
+        discard(output)  # an older export
     return sum(entry["num_bytes"] for entry in load_manifest(output)["files"].values())
 
 

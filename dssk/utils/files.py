@@ -80,10 +80,10 @@ def publish_json(path: Path, value: Any) -> str:
 
 
 @contextlib.contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into; it takes that name when the block ends, whole and on the disk.
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, gone when the block ends.
 
-    Call it under a lock: what a writer of the same folder that was killed left behind is removed first.
+    Call it under a lock: what was left by one that was killed is removed first.
     """
     for left in path.parent.glob(f"{TEMP_PREFIX}????????-{glob.escape(path.name)}"):
         remove(left)
@@ -92,14 +92,21 @@ def publish_folder(path: Path) -> Iterator[Path]:
         with machine_faults(path):
             temp.mkdir()
             yield temp
-            for file in (file for file in temp.rglob("*") if file.is_file()):
-                file.chmod(public_mode())
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            os.rename(temp, path)
-            sync_folder(path.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """The same, but it takes that name when the block ends, whole and on the disk."""
+    with temporary_folder(path) as temp:
+        yield temp
+        for file in (file for file in temp.rglob("*") if file.is_file()):
+            file.chmod(public_mode())
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.rename(temp, path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -233,6 +240,14 @@ def lock(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held: whoever waits for this file sees that it is gone
         held.release()
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Be the only process that writes the file or folder `path`; the lock lies beside it."""
+    make_folder(path.parent)
+    with lock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 def _holder(path: Path) -> str:

@@ -50,12 +50,19 @@ class Case(NamedTuple):
 class Campaign:
     """Cases on one world."""
 
-    def __init__(self, folder: Path, seed: int, only: str | None = None, keep: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        only: str | None = None,
+        keep: bool = False,
+        env: dict[str, str] | None = None,
+    ):
         self.folder, self.seed, self.only, self.keep = folder, seed, only, keep
         for name, place in (("TMPDIR", "tmp"), ("HOME", "home")):
             (folder / place).mkdir()
             os.environ[name] = str(folder / place)
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ |= {"HF_HUB_OFFLINE": "1", **(env or {})}  # before the process that others are forked from
         self.world = world.build(folder)
         self._expected: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -90,9 +97,7 @@ class Campaign:
 
     def look(self, case: Case, done: Done, here: Path) -> list[Any]:
         """What a case left to be compared."""
-        seen: list[Any] = (
-            [done.out.replace(str(here), "HERE")] if case.argv[0] != "train" else []
-        )  # that has times in it
+        seen: list[Any] = [] if case.argv[0] in SPEAKS_OF_WORK else [done.out.replace(str(here), "HERE")]
         for what in case.seen or ():
             if not isinstance(what, str):
                 seen += run(what, here)[1:4]
@@ -194,23 +199,23 @@ def run_campaign(
     make_case: Callable[[Campaign, random.Random, Path], Case],
     what: str,
     count: int,
-    seed: int,
+    seed: int = 0,
     first: int = 0,
     kind: str | None = None,
     jobs: int | None = 1,
     minutes: float = float("inf"),
+    campaign: Campaign | None = None,
 ) -> int:
     """All cases; returns the exit code, 1 if one broke a rule. Those that did are kept."""
-    folder = Path(tempfile.mkdtemp(prefix="dssk-faults-"))
     start = time.monotonic()
-    campaign = Campaign(folder, seed, kind, keep=count == 1)
+    mine = campaign or Campaign(Path(tempfile.mkdtemp(prefix="dssk-faults-")), seed, kind, keep=count == 1)
     kinds: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
 
     def one(number: int) -> None:
         if time.monotonic() - start > 60 * minutes:
             return
-        case, fault = campaign.one(number, make_case)
+        case, fault = mine.one(number, make_case)
         kinds[case.kind] += 1
         if fault:
             wrong.append(fault)
@@ -220,12 +225,14 @@ def run_campaign(
         for _ in pool.map(one, range(first, first + count)):
             pass
     for place in ("tmp", "home"):
-        left = sorted(path.name for path in (folder / place).iterdir() if path.name not in OF_LIBRARIES)
+        left = sorted(path.name for path in (mine.folder / place).iterdir() if path.name not in OF_LIBRARIES)
         if left:
             wrong.append(f"left in {place}: {left}")
             print(wrong[-1])
     print("  ".join(f"{name} {number}" for name, number in sorted(kinds.items())))
-    print(f"{kinds.total()} {what}, {len(wrong)} violations, seed {seed}, {time.monotonic() - start:.0f} s")
-    if not wrong and count > 1:
-        shutil.rmtree(folder)
+    print(
+        f"{kinds.total()} {what}, {len(wrong)} violations, seed {mine.seed}, {time.monotonic() - start:.0f} s"
+    )
+    if not wrong and count > 1 and not campaign:
+        shutil.rmtree(mine.folder)
     return 1 if wrong else 0

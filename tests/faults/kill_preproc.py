@@ -1,12 +1,10 @@
 """Kill preprocessing with signal 9 at random moments, start the same command again, and compare every byte.
 
-    python tests/faults/kill_preproc.py --kills 200 --num_proc 1 2 --seed 0
-
-Each trial starts in an empty folder, is killed once, and must then end exactly as a run that nobody killed: the same
-files with the same bytes, no temporary file, no shard encoded twice that was finished, no worker left behind.
+`kill.py` is the command. Each trial starts in an empty folder, is killed once, and must then end exactly as a run that
+nobody killed: the same files with the same bytes, no temporary file, no shard encoded twice that was finished, no
+worker left behind.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -17,8 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from dssk import errors
 from dssk.commands import preproc
@@ -142,20 +138,3 @@ def check(trials: Trials, name: str, num_proc: int, expected: dict[str, bytes]) 
     found = tree(trials.path(name))
     different = [file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file)]
     assert not different, f"{name}: {different} differ"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--num_proc", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--contexts", type=int, default=160, help="contexts of the source")
-    args = parser.parse_args()
-    phases = run(args.kills, args.num_proc, args.seed, args.contexts, lambda line: print(line, flush=True))
-    print(f"{phases.total()} kills, all bit-identical. Killed while: {dict(phases)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
-"""Faults in training: `python -m tests.faults.train_faults kill --count 100` (or term, flip, disk).
+"""Faults in training: `python -m tests.faults.train_faults term --count 100` (or disk).
 
-Each run is forked from this process with everything imported, so a fault costs about a second. `kill` sends SIGKILL
-while a checkpoint is written, `term` SIGTERM at any moment, `flip` flips a bit or cuts a file of a checkpoint, and
-`disk` trains on file systems of growing size (it needs `unshare -rm`).
+Each run is forked from this process with everything imported, so a fault costs about a second. `term` sends SIGTERM at
+any moment, `disk` trains on file systems of growing size (it needs `unshare -rm`), and `kill`, for `kill.py`, sends
+SIGKILL while a checkpoint is written.
 """
 
 import argparse
@@ -189,30 +189,6 @@ def term(world: World, count: int, rng: random.Random) -> dict:
     }
 
 
-def flip(world: World, count: int, rng: random.Random) -> dict:
-    """One bit flipped, or a file cut, anywhere in a checkpoint: always found."""
-    assert exit_code(world.start(world.folder / "flipped", 1)) == 0
-    folder = world.savedir(world.folder / "flipped") / "checkpoint-1"
-    checkpoint.verify_checkpoint(folder)
-    found = 0
-    files = [f for f in sorted(folder.iterdir()) if f.stat().st_size]
-    for number in range(count):
-        file = files[number % len(files)]
-        whole = file.read_bytes()
-        position = rng.randrange(len(whole))
-        flipped = bytearray(whole)
-        flipped[position] ^= 1 << rng.randrange(8)
-        file.write_bytes(flipped if number % 3 else whole[:position])
-        try:
-            checkpoint.verify_checkpoint(folder)
-        except errors.DsskError:
-            found += 1
-        file.write_bytes(whole)
-    checkpoint.verify_checkpoint(folder)
-    assert found == count
-    return {"flips and cuts": count, "found": found, "files": len(files)}
-
-
 def disk(world: World, count: int, rng: random.Random) -> dict:
     """A disk that fills up: one line, exit 3, the last checkpoint loads, and with room the run goes on."""
     codes: dict[int, int] = {}
@@ -242,7 +218,7 @@ def disk(world: World, count: int, rng: random.Random) -> dict:
     return {"sizes": count, "exit codes": codes, "resumed to the same end": count}
 
 
-FAULTS = {"kill": kill, "term": term, "flip": flip, "disk": disk}
+FAULTS = {"term": term, "disk": disk}
 
 
 def main() -> None:
