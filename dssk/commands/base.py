@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"unknown kind {args.kind!r}{nearest(args.kind, KINDS)}: want {' or '.join(KINDS)}, or none"
         )
+    from dssk.utils.console import quiet_libraries
+
+    quiet_libraries()
     if args.kind == "smollm2":
         from dssk.research.smollm2 import convert
 

