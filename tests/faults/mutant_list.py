@@ -72,6 +72,12 @@ MUTANTS = [
     _M(MODELS + "merged.py", ".clamp(min=0) + self.lengths.repeat_interleave(repeats)[",
        ".clamp(min=0) + 1 + self.lengths.repeat_interleave(repeats)[",
        "models/test_merged.py -k 'exact or left_padded'"),
+    _M(MODELS + "weights.py",
+       "if strange := ((set(info[\"missing_keys\"]) - tied) ^ expected) | set(info[\"unexpected_keys\"]):",
+       "if strange := set():", "models/test_modeling.py -k 'another_kind or another_architecture'"),
+    _M(MODELS + "weights.py",
+       "if missing := sorted(name for name in info[\"missing_keys\"] if is_cross_attn(name)):",
+       "if missing := []:", "models/test_modeling.py -k without_its_new_weights"),
     # --- inference
     _M(INFERENCE + "batching.py", "positions >= longest - counts if left",
        "positions > longest - counts if left", "inference/test_batching.py"),

@@ -16,9 +16,11 @@ import dssk  # noqa: F401 - lets the Auto classes load what is published
 from dssk.checkpoint import finish_checkpoint, write_checkpoint
 from dssk.commands import publish as publish_command
 from dssk.config import experiment_id
-from dssk.errors import DamagedData, Diverged, DsskError
+from dssk.errors import DamagedData, Diverged, DsskError, Locked
 from dssk.hub import publish
+from dssk.hub.export import export
 from dssk.models.weights import is_cross_attn
+from dssk.utils import files
 from tests.conftest import REPOSITORY, byte_tokenizer, experiment, fused
 from tests.hub import model_hub
 
@@ -243,3 +245,21 @@ def test_what_the_hub_refuses_is_one_line(trained, monkeypatch, fault, message):
     assert token not in str(error.value)
     assert "\n" not in str(error.value)
     assert written(trained) == {"checkpoint-20", "final", "scores.json", "metrics.jsonl"}
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way_and_two_never_meet(trained, base_path, tmp_path):
+    def export_it():
+        export(trained / "checkpoint-20", tmp_path / "out", str(base_path))
+
+    def write_it():
+        publish.write(trained / "final", tmp_path / "out")
+
+    for write in (export_it, export_it, write_it):  # an export takes the place of an older one
+        (tmp_path / ".tmp-01234567-out").mkdir()
+        if write is write_it:
+            shutil.rmtree(tmp_path / "out")
+        with files.lock(tmp_path / ".out.lock"), pytest.raises(Locked, match='"pid"'):
+            write()
+        write()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
