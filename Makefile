@@ -1,11 +1,13 @@
 # Everything here sets itself up: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
 SEED ?= 0
+MINUTES ?= 30
+REAL ?= runs/real
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 TOY = runs/demo/seed-$(SEED)
 
-.PHONY: install install-test demo compare lint test test-slurm test-faults test-launchers test-transformers bench-model bench-data bench-train clean
+.PHONY: install install-test demo compare real lint test test-slurm test-faults test-launchers test-transformers bench-model bench-data bench-train clean
 
 install: .venv/.installed
 
@@ -45,6 +47,28 @@ compare: install
 	$(BIN)/dssk compare --checkpoint $(TOY)/runs --data_path $(TOY)/processed_data/base \
 		--seed $(SEED) --output runs/compare
 	$(BIN)/dssk report $(TOY)/runs --compare runs/compare --output runs/compare/report.html
+
+# The merged reader on a real pretrained base and real questions: MINUTES of one core train it, whatever is left off goes
+# on, and MINUTES=120 goes on longer. DATA=FOLDER names local files; without it they come from the Hub.
+real: export OMP_NUM_THREADS = 1
+real: install
+	$(PIP) --quiet -e ".[gguf,compare]"
+	$(BIN)/dssk base smollm2 --output $(REAL)/base
+	$(BIN)/dssk real --output $(REAL)/sets $(if $(DATA),--data $(DATA))
+	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/train.jsonl \
+		--val_dataset $(REAL)/sets/val.jsonl --text_only --data_cache_path $(REAL)/train
+	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/xquad.jsonl --val_fraction 0 \
+		--encode_layer 18 --data_cache_path $(REAL)/xquad
+	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/nq_swap.jsonl --val_fraction 0 \
+		--encode_layer 18 --data_cache_path $(REAL)/nq_swap
+	$(BIN)/dssk train -e merged_smollm2-135m --set model_path=$(REAL)/base --set seed=$(SEED) \
+		--data_path $(REAL)/train/processed_data/base -sb $(REAL)/runs --steps 1_000_000 --minutes $(MINUTES) \
+		--log_every 25 --generation_eval_samples 16
+	$(BIN)/dssk compare --checkpoint $(REAL)/runs --data_path $(REAL)/train/processed_data/base \
+		--systems cross_attention,prompted_examples --controls with_context,no_context,wrong_context \
+		--eval xquad=$(REAL)/xquad/processed_data/base --eval nq_swap=$(REAL)/nq_swap/processed_data/base \
+		--medium_cost false --output $(REAL)/compare
+	$(BIN)/dssk report $(REAL)/runs --compare $(REAL)/compare --data xquad --output $(REAL)/report.html
 
 lint: install-test
 	$(BIN)/ruff check .

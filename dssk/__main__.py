@@ -12,6 +12,7 @@ from dssk.utils.old_names import OLD_NAMES, OldNames
 VERBS = {
     "base": "make a small base model, or convert one",
     "calibrate": "choose the layer whose states a base reads best, without training",
+    "real": "the sets of questions that `make real` trains and scores on",
     "preproc": "encode the contexts of a data set, once",
     "train": "train the cross-attention blocks of an experiment",
     "evaluate": "score a checkpoint under controls",

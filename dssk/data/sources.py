@@ -35,6 +35,8 @@ class Source:
     """A data set on the Hub, a file, a folder, or a name among `makers`."""
     revision: str | None = None
     """Of a data set on the Hub."""
+    config: str | None = None
+    """Of a data set on the Hub that has several."""
     split: str | None = None
     """Read only this split of `dataset`."""
     val_dataset: str | None = None
@@ -62,6 +64,8 @@ class Source:
         if self.dataset not in self.makers:
             del described["seed"]
         del described["columns"]
+        if self.config is None:
+            del described["config"]
         if self.columns:
             described["columns"] = ",".join(
                 f"{ours}={theirs}" for ours, theirs in sorted(self.columns.items())
@@ -88,13 +92,13 @@ class Source:
         """The commits on the Hub that the rows come from."""
         pairs = zip(COMMITS, (self.dataset, self.val_dataset), strict=True)
         return {
-            key: _commit(name, self.revision)
+            key: _commit(name, self.revision, self.config if key == COMMITS[0] else None)
             for key, name in pairs
             if name and name not in self.makers and _is_on_hub(name)
         }
 
     def _files(self) -> dict[str, list[str]]:
-        found = find_files(self.dataset, self.revision)
+        found = find_files(self.dataset, self.revision, self.config)
         if self.split is not None:
             wanted = _SPLIT_WORDS.get(self.split, self.split)
             if wanted not in found:
@@ -116,7 +120,7 @@ def _numbered(name: str, rows: Iterable[dict]) -> Iterator[RawRow]:
     return (RawRow(f"{name}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
-def find_files(name: str, revision: str | None) -> dict[str, list[str]]:
+def find_files(name: str, revision: str | None, config: str | None = None) -> dict[str, list[str]]:
     """The files of a data set by split: `train`, `val`, others by their own names, `all` if there are no splits."""
     if os.path.isfile(name):
         return {"all": [name]}
@@ -124,7 +128,7 @@ def find_files(name: str, revision: str | None) -> dict[str, list[str]]:
         return _folder_files(Path(name))
     if not _is_on_hub(name):
         raise DsskError(f"no such file or folder: {short(name, 200)}")
-    return _hub_files(name, revision)
+    return _hub_files(name, revision, config)
 
 
 def _is_on_hub(name: str) -> bool:
@@ -162,10 +166,10 @@ def _fingerprint(found: dict[str, list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _hub_files(name: str, revision: str | None) -> dict[str, list[str]]:
+def _hub_files(name: str, revision: str | None, config: str | None = None) -> dict[str, list[str]]:
     """The files of a data set on the Hub, as `hf://` addresses that name the commit. Nothing is downloaded yet."""
     try:
-        builder = load_dataset_builder(name, revision=revision)
+        builder = load_dataset_builder(name, config, revision=revision)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = short(str(error).splitlines()[0], 200)
         hint = "" if get_token() else "; a gated or private one needs `hf auth login` first"
@@ -179,7 +183,7 @@ def _hub_files(name: str, revision: str | None) -> dict[str, list[str]]:
     }
 
 
-def _commit(name: str, revision: str | None) -> str:
+def _commit(name: str, revision: str | None, config: str | None) -> str:
     """The commit in the addresses of a data set's files, as in `hf://datasets/owner/name@commit/file`."""
-    url = next(url for urls in _hub_files(name, revision).values() for url in urls)
+    url = next(url for urls in _hub_files(name, revision, config).values() for url in urls)
     return url.partition("@")[2].partition("/")[0]

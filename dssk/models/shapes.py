@@ -34,7 +34,9 @@ def kv_cache_values(config: PretrainedConfig) -> int:
 
 
 def projected_values(config: PretrainedConfig) -> int:
-    """Keys and values that cross-attention blocks hold for each context token once it is projected."""
+    """Keys and values that a fused model's reader holds for each context token once it is projected."""
+    if config.reader == "merged":
+        return kv_cache_values(config)
     blocks = 1 if config.cross_attn_shared_weights else config.num_cross_attn_layers
     head_dim = config.cross_attn_hidden_size // config.cross_attn_num_attention_heads
     return blocks * 2 * config.cross_attn_num_key_value_heads * head_dim

@@ -29,11 +29,39 @@ _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>")
 
 SETS = ("train", "val", "xquad", "nq_swap")
+FILES = {"squad": "squad_v1_*.jsonl.gz", "nq_swap": "nq_swap_*.jsonl.gz", "xquad": "xquad_en_*.jsonl.gz"}
+HUB = {
+    "squad": Source("rajpurkar/squad", split="train"),
+    "nq_swap": Source(
+        "pminervini/NQ-Swap", split="dev", columns={"context": "sub_context", "answer": "sub_answer"}
+    ),
+    "xquad": Source("google/xquad", config="xquad.en", split="validation"),
+}
 
 
-def write_sets(squad: Sequence[Source], nq_swap: Source, xquad: Source, folder: Path) -> dict[str, int]:
+def write_real_sets(data: Path | None, folder: Path) -> None:
+    """What `dssk real` does: the sets from files below a folder, or from the Hub."""
+    sources = {name: [source] for name, source in HUB.items()} if data is None else in_folder(data)
+    counts = write_sets(sources, folder)
+    print(f"{folder}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+
+
+def in_folder(data: Path) -> dict[str, list[Source]]:
+    """The files of each source, wherever below a folder they lie. Raises `DsskError` for one that is missing."""
+    found = {name: sorted(data.rglob(pattern)) for name, pattern in FILES.items()}
+    if missing := [FILES[name] for name, paths in found.items() if not paths]:
+        raise DsskError(
+            f"no {missing[0]} below {data}: want the files of SQuAD, NQ-Swap and XQuAD there, or leave the folder out "
+            "and take them from the Hub"
+        )
+    return {name: [Source(str(path)) for path in paths] for name, paths in found.items()}
+
+
+def write_sets(sources: dict[str, list[Source]], folder: Path) -> dict[str, int]:
     """Write the four sets as `<set>.jsonl` and return how many rows each has; files that are right already stay."""
-    sets = divide([row for source in squad for row in read(source)], read(nq_swap), read(xquad))
+    sets = divide(
+        **{name: [row for source in several for row in read(source)] for name, several in sources.items()}
+    )
     check(sets)
     files.make_folder(folder)
     for name, rows in sets.items():

@@ -180,7 +180,7 @@ def build_trainer(
     cfg: ExperimentConfig,
     run: RunArgs,
     arguments: TrainingArguments,
-    facts: dict[str, Any],
+    start: Start,
     stop: StopRequest,
 ) -> CrossAttnTrainer:
     """Everything that is loaded: tokenizer, model and rows."""
@@ -189,13 +189,10 @@ def build_trainer(
     tokenizer = load_tokenizer(cfg.model_path)
     model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
-    contexts = distinct_contexts(rows["train"], tokenizer, cfg.context_size)
-    if block_start(cfg) == "copy":
-        copy_init_(model.to(arguments.device), contexts, cfg.seed)
-    if block_start(cfg) == BASE:
-        base_init_(model.to(arguments.device), contexts)
-    if cfg.reader == "merged":
-        fit_reader(model.to(arguments.device), contexts)
+    if start.checkpoint is None:  # a checkpoint holds all that this gives
+        start_reader(
+            model.to(arguments.device), cfg, distinct_contexts(rows["train"], tokenizer, cfg.context_size)
+        )
     if not len(rows["val"]):
         arguments.eval_strategy = IntervalStrategy.NO
     scorer = None
@@ -210,7 +207,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[MetricsFile(), Progress(budget), StopAtBudget(budget), StopOnSignal(stop)],
         cfg=cfg,
-        facts=facts,
+        facts=start.facts,
         keep_checkpoints=run.save_total_limit,
         score_answers=scorer,
         budget=budget,
@@ -221,8 +218,18 @@ def build_trainer(
     if "every" in run.save_fused:
         trainer.add_callback(FuseEvery())
     if run.wandb_project_name:
-        trainer.add_callback(WandbReport(run, facts["experiment"], Path(arguments.output_dir), scorer))
+        trainer.add_callback(WandbReport(run, start.facts["experiment"], Path(arguments.output_dir), scorer))
     return trainer
+
+
+def start_reader(model: CrossAttnForCausalLM, cfg: ExperimentConfig, contexts: Iterator[list[int]]) -> None:
+    """Give a reader the start that its experiment asks for, on contexts of the training set."""
+    if block_start(cfg) == "copy":
+        copy_init_(model, contexts, cfg.seed)
+    if block_start(cfg) == BASE:
+        base_init_(model, contexts)
+    if cfg.reader == "merged":
+        fit_reader(model, contexts)
 
 
 def distinct_contexts(
@@ -267,7 +274,7 @@ def open_savedir(
 def train_from(start: Start, cfg: ExperimentConfig, run: RunArgs, arguments: TrainingArguments) -> None:
     """Train from `start` to the last step, or until a stop is asked for: then everything is saved."""
     with StopRequest() as stop:
-        trainer = build_trainer(cfg, run, arguments, start.facts, stop)
+        trainer = build_trainer(cfg, run, arguments, start, stop)
         say(describe(trainer, Path(arguments.output_dir), start))
         with contextlib.suppress(LeaveTraining):
             trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))

@@ -62,7 +62,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         """Row numbers, (steps_per_epoch, global_batch)."""
         rng = np.random.default_rng([self.seed, epoch])
         kinds = zip(self._units(rng), self._steps, strict=True)
-        batches = np.concatenate([self._batches(units, steps) for units, steps in kinds])
+        batches = np.concatenate([self._batches(units, steps) for units, steps in kinds if steps])
         ordered = self.lengths is None and self.contexts is None
         return batches if ordered else rng.permutation(batches)
 

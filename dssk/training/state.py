@@ -257,6 +257,10 @@ def _restore_weights(trainer: Any, weights: Tensors) -> None:
     with torch.no_grad():
         for name, parameter in trained_parameters(trainer):
             _set_weight(trainer, parameter, weights[name])
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        for name, buffer in model.named_buffers():
+            if name in weights:
+                buffer.copy_(_laid_out_like(weights[name], buffer))
 
 
 def _set_weight(trainer: Any, parameter: nn.Parameter, value: torch.Tensor) -> None:
