@@ -163,7 +163,7 @@ def test_make_real_goes_the_whole_road_and_on_from_where_it_was(small, folder, t
     assert scored["nq_swap", "cross_attention/wrong_context"] == 4
     assert scored["xquad", "prompted_examples"] == 4
     assert (here / "report.html").is_file()
-    again = make(0.2, "base", "real", "preproc", "train", "compare")
+    again = make(0.2, "base", "real", "preproc", "train")
     assert "finished: step" in again
     assert again.count("used again") == 3
     assert "resuming from step" in make(0.4, "train")
