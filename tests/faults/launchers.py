@@ -37,7 +37,7 @@ from tests.training.conftest import free_port, losses
 
 BIN = Path(sys.executable).parent
 STEPS, LOG_EVERY = 8, 2
-MAX_SECONDS = 240
+MAX_SECONDS = 600  # a start, the first of which compiles a part of DeepSpeed
 
 
 class Launchers:
@@ -79,7 +79,13 @@ class Launchers:
         argv = [*start, "trainval.py", "-e", "crossattn_tiny", *sets, "-sb", str(savedir_base)]
         argv += ["--data_path", str(self.store), "--steps", str(STEPS), "--log_every", str(LOG_EVERY)]
         argv += ["--generation_eval_samples", "3", "--save_total_limit", "9", *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            # A compiler that was killed once leaves a lock in the user's folder, for which every later start waits.
+            "TORCH_EXTENSIONS_DIR": str(self.folder / "torch_extensions"),
+        }
         log = (self.folder / f"{name}.log").open("a")
         return subprocess.Popen(
             argv, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
