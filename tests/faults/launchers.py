@@ -37,6 +37,9 @@ from tests.training.conftest import free_port, losses
 
 BIN = Path(sys.executable).parent
 STEPS, LOG_EVERY = 8, 2
+TOLERANCE = (
+    1e-4  # of a loss: moments are rounded by random draws, and a sharded optimizer cuts them elsewhere
+)
 MAX_SECONDS = 600  # a start, the first of which compiles a part of DeepSpeed
 
 
@@ -172,7 +175,7 @@ def main() -> None:
                 abs(a - b) for a, b in zip(result["losses"], reference, strict=True)
             )
             print(json.dumps(result), flush=True)
-            assert result["largest loss difference"] <= 1e-5
+            assert result["largest loss difference"] <= TOLERANCE
             assert all(value for value in result.values() if isinstance(value, bool))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
