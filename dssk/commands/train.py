@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +115,10 @@ def load_module(file: Path, flag: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))  # it may import its neighbours
     try:
-        spec.loader.exec_module(module)
+        with warnings.catch_warnings(
+            action="ignore", category=SyntaxWarning
+        ):  # of what it says before its error
+            spec.loader.exec_module(module)
     except Exception as error:
         line = error.lineno if isinstance(error, SyntaxError) else line_in(error, file)
         raise DsskError(f"{file}:{line}: {type(error).__name__}: {error}") from error

@@ -245,6 +245,9 @@ def lock(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
     """Be the only process that writes the file or folder `path`; the lock lies beside it."""
+    path = Path(os.path.abspath(path))  # `.` has a name, too
+    if not path.name:
+        raise DsskError(f"cannot write {path}: choose another folder")
     make_folder(path.parent)
     with lock(path.with_name(f".{path.name}.lock")):
         yield

@@ -57,6 +57,7 @@ def test_a_missing_file_is_named_with_what_to_do(here, capsys):
     ("content", "message"),
     [
         ("x = 1\ny = 2 +\n", "exp_configs.py:2: SyntaxError: invalid syntax"),
+        ("x = [0.1ing_rate': 1]\n", "exp_configs.py:1: SyntaxError"),
         ("x = 1\n\ny = nothing\n", "exp_configs.py:3: NameError: name 'nothing' is not defined"),
         ("EXP_GROUP = {}", "exp_configs.py defines no EXP_GROUPS"),
         ("EXP_GROUPS = []", "exp_configs.py defines no EXP_GROUPS"),

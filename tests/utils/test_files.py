@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dssk.errors import DamagedData, EnvironmentFault, Locked
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked
 from dssk.utils import files
 from tests.conftest import REPOSITORY
 
@@ -161,3 +162,14 @@ def test_only_our_own_temporary_files_are_removed(tmp_path):
     files.remove_temps(folder)
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in others)
+
+
+def test_every_folder_has_a_writer_whatever_it_is_called(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in (".", "../folder", folder):
+        with files.only_writer(Path(name)):
+            assert [path.name for path in tmp_path.glob(".*")] == [".folder.lock"]
+    with pytest.raises(DsskError, match="cannot write /: choose another"), files.only_writer(Path("/")):
+        pass
