@@ -103,6 +103,15 @@ class ExperimentConfig(BaseModel):
     loss_on: Literal["all", "answer"] = Field(
         description="labels of a question row: its whole text or its answer"
     )
+    train_on: Literal["questions", "documents", "both"] = Field(
+        default="questions",
+        description="questions with answers; documents: what follows the beginning of a context, its answers unused",
+    )
+    distill: bool | str = Field(
+        default=False,
+        description="learn what the base says that reads the text itself, on documents; a folder: what a tuned model, "
+        "or LoRA adapters of the base, say there and in half of each answer's target",
+    )
     encode_online: bool = Field(
         description="encode contexts in the training step instead of reading them from disk"
     )
@@ -175,6 +184,13 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
             "experiment: include_context_ids makes rows of the contexts themselves, which share none: set it to false, "
             "or questions_per_context to 1"
         )
+    if cfg.distill is True and cfg.train_on == "questions":
+        raise DsskError(
+            "experiment: distill true learns from the base on documents, and train_on is questions: set train_on to "
+            "documents or both, or distill to the folder of a tuned model"
+        )
+    if cfg.distill and cfg.label_smoothing_factor:
+        raise DsskError("experiment: distill has soft labels already: set label_smoothing_factor to 0")
     return cfg
 
 

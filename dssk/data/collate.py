@@ -9,7 +9,8 @@ from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 
 
 class Collator:
-    """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts.
+    """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts, left-padded teacher's texts.
+
 
     With `share_contexts` a context that as many examples in a row have as any other is in the batch once for them.
     """
@@ -30,14 +31,26 @@ class Collator:
             contexts = [e["context_input_ids"] for e in once]
             batch["context_input_ids"] = pad_tokens(contexts, self.pad_token_id)
             batch["context_attention_mask"] = length_mask([len(ids) for ids in contexts])
-        else:
+        if "encoder_hidden_states" in examples[0]:
             states, mask = pad_states([e["encoder_hidden_states"] for e in once])
             batch["encoder_hidden_states"], batch["encoder_attention_mask"] = states, mask
+        if "teacher_input_ids" in examples[0]:
+            texts = [e["teacher_input_ids"] for e in examples]
+            batch["teacher_input_ids"] = pad_tokens(texts, self.pad_token_id, left=True)
+            batch["teacher_attention_mask"] = length_mask([len(ids) for ids in texts], left=True)
+            batch["taught"] = torch.tensor([e["taught"] for e in examples])
+            batch["teacher_share"] = torch.tensor([e["teacher_share"] for e in examples])
         return batch
 
     def _distinct(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One example of each context, where the model can tell which rows share it: as many read each."""
-        runs = [list(run) for _, run in groupby(examples, key=lambda example: example["context"])]
+        runs = [list(run) for _, run in groupby(examples, key=_context)]
         if self.share_contexts and len({len(run) for run in runs}) == 1:
             return [run[0] for run in runs]
         return examples
+
+
+def _context(example: dict[str, Any]) -> tuple[str, int]:
+    """What tells contexts apart: their texts, and how much of them is read."""
+    read = example.get("encoder_hidden_states", example.get("context_input_ids"))
+    return example["context"], len(read)  # type: ignore[arg-type]

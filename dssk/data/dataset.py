@@ -1,6 +1,6 @@
 """Encoded rows as training examples: what the decoder reads, what it must predict, what it attends to."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -19,6 +19,7 @@ from dssk.inference.tokenizer import (
     tokenize_answer,
     tokenize_context,
     tokenize_question,
+    tokenize_question_after_context,
 )
 
 
@@ -31,12 +32,28 @@ def check_context_ids(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase)
         )
 
 
+TUNED_SHARE = 0.5  # of the target of an answer's token that a tuned teacher decides; the label has the rest
+SPLIT_FROM, SPLIT_TO = 0.25, 0.75  # between which shares of its tokens a document is divided
+
+
+class _Text(NamedTuple):
+    """What the decoder reads of a row, and what a teacher reads after the context's text."""
+
+    input_ids: list[int]
+    labels: list[int]
+    seen: int | None = None  # tokens of the context that are read; None for all
+    prompted: list[int] = []  # of the teacher's text
+    taught: int = 0  # tokens at the end of both texts that the teacher teaches
+    share: float = 0.0  # of their targets that it decides
+
+
 class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
     An example is `input_ids` and `labels` (T,), and the context: its text `context`, and `encoder_hidden_states`
-    (S, d), or `context_input_ids` (S,) with `encode_online`. In training with `include_context_ids` the rows are
-    walked twice: first the questions with their answers, then the contexts themselves as text to be repeated.
+    (S, d), or `context_input_ids` (S,) with `encode_online`. In training the rows are walked once for each of `kinds`:
+    questions with their answers; documents, whose beginning is the context and whose rest is the text (`train_on`);
+    contexts themselves as text to be repeated (`include_context_ids`). With `distill` there is what a `Teacher` needs.
     """
 
     def __init__(
@@ -51,9 +68,10 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         self.cfg = cfg
         self.training = training
         self.epoch = 0
-        self.with_contexts = training and cfg.include_context_ids
+        self.kinds = kinds_of_rows(cfg) if training else ["questions"]
+        self.distils = training and cfg.distill is not False
         check_context_ids(cfg, tokenizer)
-        self.fim_markers = fim_ids(tokenizer) if self.with_contexts else None
+        self.fim_markers = fim_ids(tokenizer) if "contexts" in self.kinds else None
         self.num_leading = len(leading_ids(tokenizer))
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,31 +79,48 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.rows) * (2 if self.with_contexts else 1)
+        return len(self.rows) * len(self.kinds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index % len(self.rows)]
+        kind, number = divmod(index, len(self.rows))
+        row = self.rows[number]
         rng = np.random.default_rng([self.cfg.seed, self.epoch, index])
-        if index < len(self.rows):
-            input_ids, labels = self._question(row, rng)
-        else:
-            input_ids = self._context(row, rng)
-            labels = input_ids
+        make = {"questions": self._question, "documents": self._document, "contexts": self._context}
+        text: _Text = make[self.kinds[kind]](row, rng)
         size = self.cfg.context_size
-        example = {"input_ids": input_ids[:size], "labels": labels[:size], "context": row["context"]}
-        if self.cfg.encode_online:
-            example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:size]
-        else:
-            example["encoder_hidden_states"] = row["encoder_hidden_states"][:size]
+        example: dict[str, Any] = {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
+        example["context"] = row["context"]
+        seen = min(size, text.seen or size)
+        if self.cfg.encode_online or self.distils:
+            example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:seen]
+        if not self.cfg.encode_online:
+            example["encoder_hidden_states"] = row["encoder_hidden_states"][:seen]
+        if self.distils:
+            cut = max(0, len(text.input_ids) - size)
+            example["teacher_input_ids"] = text.prompted[: len(text.prompted) - cut]
+            example["taught"], example["teacher_share"] = max(0, text.taught - cut), text.share
         return example
 
-    def _question(self, row: dict[str, Any], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _question(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
         prompt = tokenize_question(self.tokenizer, row["question"])
         answer = tokenize_answer(self.tokenizer, row["answer"])
         if self.training and self.cfg.do_repetition_augmentations:
             answer += self._repetition(row, str(rng.choice(REPETITION_TASKS)))
         input_ids = prompt + answer
-        return input_ids, input_ids if self.cfg.loss_on == "all" else [IGNORED] * len(prompt) + answer
+        labels = input_ids if self.cfg.loss_on == "all" else [IGNORED] * len(prompt) + answer
+        if not isinstance(
+            self.cfg.distill, str
+        ):  # a base that was never tuned does not know what an answer looks like
+            return _Text(input_ids, labels)
+        asked = tokenize_question_after_context(self.tokenizer, row["question"])
+        return _Text(input_ids, labels, prompted=asked + answer, taught=len(answer), share=TUNED_SHARE)
+
+    def _document(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
+        tokens = tokenize_context(self.tokenizer, row["context"])[: self.cfg.context_size]
+        seen = round(rng.uniform(SPLIT_FROM, SPLIT_TO) * len(tokens))
+        seen = min(max(seen, self.num_leading + 1), len(tokens) - 1)
+        rest = tokens[seen:]
+        return _Text(rest, rest, seen, prompted=rest, taught=len(rest) - 1, share=1.0)
 
     def _repetition(self, row: dict[str, Any], task: str) -> list[int]:
         text = {
@@ -96,11 +131,18 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         }[task]
         return tokenize(self.tokenizer, prompts.repeat_task(task)) + tokenize_answer(self.tokenizer, text)
 
-    def _context(self, row: dict[str, Any], rng: np.random.Generator) -> list[int]:
+    def _context(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
         tokens = tokenize_context(self.tokenizer, row["context"])
         if self.fim_markers is not None and rng.random() < FIM_PROB:
             # Cut first: what the size limit would cut off later must not be a marker.
             tokens = tokens[: self.cfg.context_size - len(self.fim_markers) - 1]
             leading, text = tokens[: self.num_leading], tokens[self.num_leading :]
             tokens = leading + fill_in_the_middle(text, rng, self.fim_markers)
-        return [*tokens, self.tokenizer.eos_token_id]
+        tokens = [*tokens, self.tokenizer.eos_token_id]
+        return _Text(tokens, tokens)
+
+
+def kinds_of_rows(cfg: ExperimentConfig) -> list[str]:
+    """What is trained on, in the order in which the rows are walked."""
+    asked: list[str] = ["questions", "documents"] if cfg.train_on == "both" else [cfg.train_on]
+    return [*asked, "contexts"] if cfg.include_context_ids else asked

@@ -5,6 +5,7 @@ left over, and no code comes with a model. Whatever a damaged folder makes trans
 """
 
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from dssk.models.weights import quiet_load_report
 from dssk.utils.hub_names import is_on_hub
 
 CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"  # of peft
 # Implementations that come with transformers or a package; any other name is fetched from the Hub as code.
 _ATTENTION = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -157,6 +159,29 @@ def load_base(path: str | Path, revision: str | None = None, **how: Any) -> PreT
     """A base model, frozen and in eval mode. `how` may have `dtype` (that of the weights) and `device` (CPU)."""
     model = _load(path, load_base_config(path, revision), revision=revision, **how)
     return model.requires_grad_(False)
+
+
+def load_tuned(folder: str | Path, base: str | Path, **how: Any) -> PreTrainedModel:
+    """A base that was tuned: whole in a folder, or as LoRA adapters (peft) of the model at `base`.
+
+    The adapters are merged, and then cost nothing when answering.
+    """
+    if not (Path(folder) / ADAPTERS).is_file():
+        return load_base(folder, **how)
+    with loading(folder):
+        tuned = peft().PeftModel.from_pretrained(load_base(base, **how), str(folder)).merge_and_unload()
+    return tuned.eval().requires_grad_(False)
+
+
+def peft() -> Any:
+    """The package peft. Raises `DsskError` if it is not there."""
+    try:
+        import peft
+    except ImportError as error:
+        raise DsskError("LoRA adapters need peft: pip install 'dssk[compare]', or do without them") from error
+    # peft asks for the old name of a property that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    return peft
 
 
 def load(path: str | Path, revision: str | None = None, **how: Any) -> tuple[Any, PreTrainedTokenizerBase]:

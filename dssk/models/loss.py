@@ -15,6 +15,7 @@ CHUNK_LOGITS = 2**25  # logits that exist at a time: 134 MB of fp32
 IGNORED = -100  # label of a position that is not learned, as in all of transformers
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # states (N, d) -> logits (N, vocabulary)
+SoftTargets = tuple[torch.Tensor, torch.Tensor]  # (B, T, k) tokens and their shares of 1
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:
@@ -29,26 +30,37 @@ def next_token_loss(
     vocab_size: int,
     num_items: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
+    soft_targets: SoftTargets | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of predicting `targets` (B, T; -100 = ignored) at each position, a scalar in fp32.
 
     `head` makes logits of `hidden_states` (B, T, d) at labelled positions only. The sum is divided by `num_items`, the
-    labels of all micro-batches and ranks of an optimizer step, or by the labels of this batch.
+    labels of all micro-batches and ranks of an optimizer step, or by the labels of this batch. With `soft_targets` a
+    position is to predict these tokens, each with its share, in place of its one target.
     """
     labelled = targets != IGNORED
-    states, targets = hidden_states[labelled], targets[labelled]  # (N, d), (N,)
+    wanted = (targets,) if soft_targets is None else soft_targets
+    parts = [part[labelled] for part in (hidden_states, *wanted)]  # (N, d), and (N,) or twice (N, k)
     chunk = max(1, CHUNK_LOGITS // vocab_size)
-    if len(targets) <= chunk:
-        total = _summed_loss(states, head, targets, label_smoothing)
+    count = len(parts[0])
+    if count <= chunk:
+        total = _summed_loss(head, label_smoothing, *parts)
     else:  # each chunk's logits are thrown away and computed again in the backward pass
         total = sum(
-            checkpoint(_summed_loss, s, head, t, label_smoothing, use_reentrant=False)
-            for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
+            checkpoint(_summed_loss, head, label_smoothing, *chunks, use_reentrant=False)
+            for chunks in zip(*(part.split(chunk) for part in parts), strict=True)
         )
-    return total / (max(len(targets), 1) if num_items is None else num_items)
+    return total / (max(count, 1) if num_items is None else num_items)
 
 
 def _summed_loss(
-    states: torch.Tensor, head: Head, targets: torch.Tensor, label_smoothing: float
+    head: Head,
+    label_smoothing: float,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return cross_entropy(head(states).float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    logits = head(states).float()
+    if shares is None:
+        return cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    return -(shares * (logits.gather(-1, targets) - logits.logsumexp(-1, keepdim=True))).sum()

@@ -32,7 +32,7 @@ from dssk.models.cross_attention import (
 )
 from dssk.models.decoder_lora import Adapter, place_adapters
 from dssk.models.layers import encode_states, extend, find_layers
-from dssk.models.loss import next_token_loss, shifted
+from dssk.models.loss import SoftTargets, next_token_loss, shifted
 from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
 from dssk.models.reading import (
     Attentions,
@@ -314,6 +314,7 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
         labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         smoothing: float = 0.0,
+        soft_targets: SoftTargets | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the base's `forward` on `input_ids` (B, T), with at most one kind of context; without any, it is the base.
@@ -328,6 +329,8 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
                 are what each position is to predict already.
             num_items_in_batch: divisor of the summed loss; the labels of this batch if not given.
             smoothing: probability mass that the loss spreads over the vocabulary.
+            soft_targets: tokens (B, T, k) and their shares (B, T, k) that each labelled position is to predict in place
+                of its one label; they are not shifted.
             skip_logits: with labels, return no logits and never compute those of unlabelled positions;
                 the default in train mode.
         """
@@ -353,7 +356,7 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
         logits = None if skip_logits else self._logits(hidden_states)
         states, head = (hidden_states, self._logits) if logits is None else (logits, _identity)
         vocabulary = self.config.get_text_config().vocab_size
-        loss = next_token_loss(states, head, targets, vocabulary, num_items, smoothing)
+        loss = next_token_loss(states, head, targets, vocabulary, num_items, smoothing, soft_targets)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,

@@ -6,7 +6,6 @@ with the same settings.
 
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +26,10 @@ from transformers import (
 )
 
 from dssk.data.collate import Collator
-from dssk.errors import Diverged, DsskError
+from dssk.errors import Diverged
 from dssk.evaluation.questions import Question
 from dssk.inference.batching import IGNORED
-from dssk.inference.loading import load_base
+from dssk.inference.loading import load_base, load_tuned, peft
 from dssk.inference.tokenizer import tokenize_answer
 from dssk.models.loss import next_token_loss, shifted
 from dssk.models.shapes import window
@@ -82,9 +81,7 @@ def fine_tuned(
     if settings.method == "full":
         model = load_base(folder, dtype=torch.float32)
     else:
-        base = load_base(base_path, revision, dtype=torch.float32)
-        # Merged, the adapters cost nothing when answering.
-        model = _peft().PeftModel.from_pretrained(base, folder).merge_and_unload()
+        model = load_tuned(folder, base_path, revision=revision, dtype=torch.float32)
     return model.eval().requires_grad_(False), facts["trained_parameters"]
 
 
@@ -105,10 +102,10 @@ def _train(
     positions = window(model.config)
     if settings.method == "lora":
         rank = settings.lora_rank
-        config = _peft().LoraConfig(
+        config = peft().LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        model = _peft().get_peft_model(model, config)
+        model = peft().get_peft_model(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     budget = CpuBudget(settings.minutes)
     examples = [
@@ -265,15 +262,3 @@ class _Progress(TrainerCallback):
             line = f"{self.name:5} step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}"
             tqdm.write(line)
             sys.stdout.flush()  # into a log as well
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise DsskError(
-            "lora_prompted needs peft: pip install 'dssk[compare]', or leave it out of --systems"
-        ) from error
-    # peft asks for the old name of a property that transformers has renamed.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    return peft

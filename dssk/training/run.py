@@ -8,7 +8,13 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
@@ -23,7 +29,7 @@ from dssk.inference.auto import from_base, fused_config
 from dssk.inference.base_init import base_init_, check_base_init
 from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
-from dssk.inference.loading import load_base_config
+from dssk.inference.loading import load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from dssk.models.configuration import BASE, FIELDS
 from dssk.models.copy_init import check_copy_init, copy_init_
@@ -40,6 +46,7 @@ from dssk.training.answers import AnswerScorer
 from dssk.training.arguments import check_loggers, training_arguments
 from dssk.training.budget import CpuBudget, StopAtBudget
 from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
+from dssk.training.distill import Teacher
 from dssk.training.flags import RunArgs, resuming_command
 from dssk.training.resume import Start, find_start
 from dssk.training.status import reported
@@ -117,6 +124,8 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     check_loggers(run.report_to)
     if run.push_to_hub:
         check_repository(run.push_to_hub)
+    if cfg.distill and run.deepspeed:
+        raise DsskError("distill needs the whole base on each process: train without --deepspeed")
     manifest = load_manifest(run.data_path)
     if not manifest.counts.rows["val"]:
         check_without_val(cfg)
@@ -193,6 +202,10 @@ def build_trainer(
         start_reader(
             model.to(arguments.device), cfg, distinct_contexts(rows["train"], tokenizer, cfg.context_size)
         )
+    teacher = None
+    if cfg.distill:
+        model.to(arguments.device)  # before the teacher shares its weights
+        teacher = Teacher(find_teacher(cfg, model))
     if not len(rows["val"]):
         arguments.eval_strategy = IntervalStrategy.NO
     scorer = None
@@ -211,6 +224,7 @@ def build_trainer(
         keep_checkpoints=run.save_total_limit,
         score_answers=scorer,
         budget=budget,
+        teacher=teacher,
     )
     trainer.remove_callback(PrinterCallback)  # Progress prints
     if cfg.early_stopping_patience is not None:
@@ -230,6 +244,19 @@ def start_reader(model: CrossAttnForCausalLM, cfg: ExperimentConfig, contexts: I
         base_init_(model, contexts)
     if cfg.reader == "merged":
         fit_reader(model, contexts)
+
+
+def find_teacher(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> PreTrainedModel:
+    """The base of a model, whose weights it shares, or the tuned one that the experiment names."""
+    if not isinstance(cfg.distill, str):
+        return model.plain_base()
+    teacher = load_tuned(cfg.distill, cfg.model_path, dtype=model.dtype, device=model.device)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise DsskError(
+            f"distill: {cfg.distill} has {teacher.config.vocab_size} tokens, {cfg.model_path} has "
+            f"{model.config.vocab_size}: want a teacher that was tuned from that base"
+        )
+    return teacher
 
 
 def distinct_contexts(

@@ -100,10 +100,13 @@ def text_lengths(dataset: CrossAttnDataset) -> np.ndarray:
     rows: datasets.Dataset = dataset.rows
     contexts = rows.with_format("arrow").select_columns(["context"])[:]["context"]
     characters = pc.utf8_length(contexts).to_numpy()
-    return np.concatenate([characters, 2 * characters]) if dataset.with_contexts else characters
+    return np.concatenate([(2 if kind == "contexts" else 1) * characters for kind in dataset.kinds])
 
 
 def context_numbers(dataset: CrossAttnDataset) -> np.ndarray:
-    """For each row the number of its context."""
+    """For each row the number of its context; rows that are no questions have each their own."""
     contexts = dataset.rows.with_format("arrow").select_columns(["context"])[:]["context"]
-    return contexts.combine_chunks().dictionary_encode().indices.to_numpy()
+    numbers = contexts.combine_chunks().dictionary_encode().indices.to_numpy()
+    if dataset.kinds[0] == "questions":
+        return np.concatenate([numbers, len(numbers) + np.arange(len(dataset) - len(numbers))])
+    return np.arange(len(dataset))

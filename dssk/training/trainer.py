@@ -15,6 +15,7 @@ from dssk.errors import Diverged
 from dssk.training import state
 from dssk.training.best import best_evaluation
 from dssk.training.budget import SCHEDULE_STEPS, CpuBudget
+from dssk.training.distill import Teacher, for_student
 from dssk.training.sampler import EpochSampler, context_numbers, text_lengths
 from dssk.training.stopping import LeaveTraining
 from dssk.utils.files import publish_json
@@ -39,6 +40,7 @@ class CrossAttnTrainer(Trainer):
         keep_checkpoints: int,
         score_answers: Callable[[Trainer], dict[str, float]] | None = None,
         budget: CpuBudget | None = None,
+        teacher: Teacher | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -47,6 +49,7 @@ class CrossAttnTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.score_answers = score_answers
         self.budget = budget or CpuBudget()
+        self.teacher = teacher
         self.evaluation_due = False  # a stop from outside came in or before an evaluation
         self.seconds = {
             "training": 0.0,
@@ -77,10 +80,11 @@ class CrossAttnTrainer(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Trainer's own smoother does not shift the labels of models it does not know.
-        smoothing = self.cfg.label_smoothing_factor if model.training else 0.0
-        return super().compute_loss(
-            model, {**inputs, "smoothing": smoothing, "skip_logits": True}, *args, **kwargs
-        )
+        settings: dict[str, Any] = {"smoothing": self.cfg.label_smoothing_factor if model.training else 0.0}
+        if self.teacher is not None and model.training:
+            settings["soft_targets"] = self.teacher.soft_targets(inputs)
+            inputs = for_student(inputs)
+        return super().compute_loss(model, {**inputs, **settings, "skip_logits": True}, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         with self._timed("data"):
