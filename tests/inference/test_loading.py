@@ -178,6 +178,14 @@ def test_weights_that_are_missing_or_left_over_are_refused(base_copy, change):
     one_line(error)
 
 
+def test_weights_that_are_a_pickle_are_not_read(base_path, tmp_path):
+    folder = shutil.copytree(base_path, tmp_path / "base")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DsskError, match="model.safetensors"):
+        load_base(folder)
+
+
 @pytest.mark.parametrize(
     "values",
     [
