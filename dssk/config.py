@@ -228,7 +228,11 @@ def expand_group(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def experiment_id(exp_dict: dict[str, Any]) -> str:
     """The 32 hex digits that name an experiment's folder, the same as haven-ai gives it (`hash_dict`)."""
     text = "".join(f"{key}/{exp_dict[key]}" for key in sorted(exp_dict))
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    try:
+        return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    except UnicodeEncodeError as error:
+        broken = text[max(0, error.start - 20) : error.end]
+        raise DsskError(f"experiment: half a surrogate pair, which is no text, at {broken!r}") from None
 
 
 def apply_overrides(exp_dict: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -213,3 +213,9 @@ def test_a_value_that_no_parser_can_take_is_refused_in_one_line(value):
 def test_an_override_that_is_no_number_is_refused(text):
     with pytest.raises(DsskError, match="learning_rate is -?(inf|nan)"):
         parse_experiment(apply_overrides(BASE_CONFIG, [f"learning_rate={text}"]))
+
+
+def test_what_is_no_text_is_refused_in_one_line():
+    for exp_dict in ({"model_path": "base\ud800"}, {"\ud800": 1}):
+        with pytest.raises(DsskError, match="half a surrogate pair.*ud800"):
+            experiment_id(exp_dict)
