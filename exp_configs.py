@@ -57,27 +57,40 @@ MODERN_CONFIG = {
     "bf16": True,
 }
 
+# The embedded default.
+TINY_CONFIG = {
+    **BASE_CONFIG,
+    "model_path": "runs/demo/seed-0/base",
+    "num_cross_attn_layers": 2,
+    "cross_attn_layers_stride": 1,
+    "cross_attn_shared_weights": False,
+    "cross_attn_dropout_prob": 0.0,
+    "cross_attn_final_layer": True,  # a block before layer 0 would not see the question
+    "context_size": 256,
+    "include_context_ids": False,
+    "train_batch_size": 32,
+    "test_batch_size": 64,
+    "learning_rate": 5e-3,
+    "warmup_ratio": 0.0625,
+    "adam_beta2": 0.98,
+    "weight_decay": 1e-2,
+    "fp16": False,
+    "gradient_checkpointing": False,
+}
+
 EXP_GROUPS = {
     # The embedded default: minutes on a laptop's CPU. Its base is made by `make demo`.
     "crossattn_tiny": [
+        TINY_CONFIG,
+    ],
+    # The same, and each question reads up to four contexts: which of them has the answer is learned.
+    "crossattn_tiny_contexts": [
         {
-            **BASE_CONFIG,
-            "model_path": "runs/demo/seed-0/base",
-            "num_cross_attn_layers": 2,
-            "cross_attn_layers_stride": 1,
-            "cross_attn_shared_weights": False,
-            "cross_attn_dropout_prob": 0.0,
-            "cross_attn_final_layer": True,  # a block before layer 0 would not see the question
-            "context_size": 256,
-            "include_context_ids": False,
-            "train_batch_size": 32,
-            "test_batch_size": 64,
-            "learning_rate": 5e-3,
-            "warmup_ratio": 0.0625,
-            "adam_beta2": 0.98,
-            "weight_decay": 1e-2,
-            "fp16": False,
-            "gradient_checkpointing": False,
+            **TINY_CONFIG,
+            "num_contexts": [[1, 4]],
+            "distractors": {"neighbours": 1.0, "random": 1.0},
+            "gold_missing": 0.1,
+            "contexts_warmup": 2,
         }
     ],
     # Real text on a CPU: a base of a few million parameters made by `dssk base --text ...`.

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dssk.errors import DsskError
 from dssk.utils.flags import nearest
@@ -98,6 +98,23 @@ class ExperimentConfig(BaseModel):
     context_size: int = Field(
         ge=8, le=2**31, description="most tokens of decoder text, and of a context's states"
     )
+    num_contexts: int | list[int] = Field(
+        default=1,
+        description="contexts that a question reads, its own among them: a number, or [least, most]",
+    )
+    distractors: dict[Literal["document", "neighbours", "random"], float] = Field(
+        default={"random": 1.0},
+        description="where the others come from, and how often: of the question's document, by its words, any",
+    )
+    gold_missing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of questions that read other contexts alone; their answer is 'Answer not in context.'",
+    )
+    contexts_warmup: int = Field(
+        default=0, ge=0, description="epochs at the start in which each question reads its own context alone"
+    )
     include_context_ids: bool = Field(description="also train on the contexts themselves as decoder text")
     do_repetition_augmentations: bool = Field(description="append 'repeat ...' tasks to questions")
     loss_on: Literal["all", "answer"] = Field(
@@ -155,6 +172,36 @@ class ExperimentConfig(BaseModel):
     )
     seed: int = Field(ge=0, lt=2**32, description="of new weights, sample order and augmentations")
 
+    @property
+    def contexts_range(self) -> tuple[int, int]:
+        """The least and the most contexts that a question reads."""
+        low, high = (
+            self.num_contexts
+            if isinstance(self.num_contexts, list)
+            else (self.num_contexts, self.num_contexts)
+        )
+        return low, high
+
+    @property
+    def several_contexts(self) -> bool:
+        """Whether questions read other contexts than their own."""
+        return self.contexts_range != (1, 1) or self.gold_missing > 0
+
+    @field_validator("num_contexts")
+    @classmethod
+    def _check_contexts(cls, value: int | list[int]) -> int | list[int]:
+        ends = value if isinstance(value, list) else [value, value]
+        if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+            raise ValueError(f"{value} is neither a number from 1 nor [least, most] of such")
+        return value
+
+    @field_validator("distractors")
+    @classmethod
+    def _check_distractors(cls, value: dict[str, float]) -> dict[str, float]:
+        if min(value.values(), default=-1.0) < 0 or not sum(value.values()):
+            raise ValueError(f"{value} are no weights: want some above 0, and none below")
+        return value
+
 
 def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
     """Check an experiment; every fault is named in one `DsskError`, an unknown key with the nearest known one."""
@@ -188,6 +235,11 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
         raise DsskError(
             "experiment: distill true learns from the base on documents, and train_on is questions: set train_on to "
             "documents or both, or distill to the folder of a tuned model"
+        )
+    if cfg.several_contexts and (cfg.distill or cfg.train_on != "questions"):
+        raise DsskError(
+            "experiment: distill and train_on read one context: set num_contexts to 1 and gold_missing to 0, or train "
+            "on questions without a teacher"
         )
     if cfg.distill and cfg.label_smoothing_factor:
         raise DsskError("experiment: distill has soft labels already: set label_smoothing_factor to 0")
@@ -227,7 +279,10 @@ def expand_group(experiments: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def experiment_id(exp_dict: dict[str, Any]) -> str:
     """The 32 hex digits that name an experiment's folder, the same as haven-ai gives it (`hash_dict`)."""
-    text = "".join(f"{key}/{exp_dict[key]}" for key in sorted(exp_dict))
+    values = {
+        key: experiment_id(value) if isinstance(value, dict) else value for key, value in exp_dict.items()
+    }
+    text = "".join(f"{key}/{values[key]}" for key in sorted(values))
     try:
         return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
     except UnicodeEncodeError as error:

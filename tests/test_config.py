@@ -94,15 +94,18 @@ def test_the_published_shapes_add_up_to_the_published_size(name):
 def test_the_table_of_what_a_run_needs_is_that_of_the_shipped_experiments():
     shown = (REPOSITORY / "docs" / "training.md").read_text()
     rows = table(EXP_GROUPS)
-    assert len(rows) == sum(group.startswith("crossattn_") for group in EXP_GROUPS) - len(LOCAL_BASES)
+    assert len(rows) == sum(
+        group.startswith("crossattn_") and exps[0]["model_path"] not in LOCAL_BASES
+        for group, exps in EXP_GROUPS.items()
+    )
     assert "\n".join(rows) in shown, "put the output of `table(EXP_GROUPS)` there"
 
 
 def test_the_groups_of_experiments_are_these():
     names = (
-        "tiny small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b starchat-alpha "
-        "smollm2-135m qwen3-0.6b llama-3.2-1b gemma-2-2b starcoder2-3b starcoder2-7b mistral-7b llama-3.1-8b "
-        "qwen3-8b starcoder2-15b"
+        "tiny tiny_contexts small santacoder starcoder starcoderbase-1b starcoderbase-3b starcoderbase-7b "
+        "starchat-alpha smollm2-135m qwen3-0.6b llama-3.2-1b gemma-2-2b starcoder2-3b starcoder2-7b mistral-7b "
+        "llama-3.1-8b qwen3-8b starcoder2-15b"
     )
     assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()} | {"merged_smollm2-135m"}
 
@@ -219,3 +222,25 @@ def test_what_is_no_text_is_refused_in_one_line():
     for exp_dict in ({"model_path": "base\ud800"}, {"\ud800": 1}):
         with pytest.raises(DsskError, match="half a surrogate pair.*ud800"):
             experiment_id(exp_dict)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_contexts": [3, 2]}, r"num_contexts: \[3, 2\] is neither a number from 1 nor"),
+        ({"num_contexts": 0}, "num_contexts: 0 is neither"),
+        ({"distractors": {"random": 0.0}}, "distractors: .* are no weights"),
+        ({"distractors": {"nearby": 1.0}}, "distractors.nearby"),
+        ({"gold_missing": 1.0}, "gold_missing is 1.0"),
+        ({"num_contexts": 2, "train_on": "both"}, "distill and train_on read one context"),
+    ],
+)
+def test_several_contexts_are_a_number_or_a_range_from_known_sources(changes, message):
+    with pytest.raises(DsskError, match=message):
+        parse_experiment({**BASE_CONFIG, **changes})
+
+
+def test_one_context_is_what_questions_read_unless_told_otherwise():
+    assert not parse_experiment(BASE_CONFIG).several_contexts
+    assert parse_experiment({**BASE_CONFIG, "num_contexts": [1, 3]}).contexts_range == (1, 3)
+    assert parse_experiment({**BASE_CONFIG, "gold_missing": 0.1}).several_contexts

@@ -5,8 +5,9 @@
     dssk answer --checkpoint C --library DIR --input QUESTIONS.jsonl --output ANSWERS.jsonl
 
 Without --context_id the library is searched (BM25) for each question. A line of --input has "question" and, at will,
-"context_id" (one or a list); it comes back with "answer" and "context_ids". A question that no context shares a word
-with is answered without one, which is said first; "context_ids" is empty then.
+"context_id" (one or a list); it comes back with "answer", "context_ids" and "sources": each context with its place in
+its document, its share of the attention and the span most attended to. A question that no context shares a word with is
+answered without one, which is said first ("nothing_found"); "context_ids" is empty then.
 """
 
 from argparse import Namespace
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from dssk.errors import DsskError
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
-from dssk.utils.flags import Parser, positive_int
+from dssk.utils.flags import Parser, count, positive_int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,6 +34,10 @@ def check(args: Namespace) -> None:
         raise DsskError("--context_id names a context of a library: pass --library as well")
     if args.input and args.question:
         raise DsskError("got --question and --input, want one of them")
+    if args.library and (args.passage_tokens or args.overlap or args.truncate):
+        raise DsskError(
+            "--passage_tokens, --overlap and --truncate are for --context: a library has its passages"
+        )
     if args.output and not args.input:
         raise DsskError("--output is for the answers to --input: pass that as well")
     if args.context and "-" in args.context and not (args.input or args.question):
@@ -61,9 +66,22 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--k",
         type=positive_int,
-        default=1,
         metavar="CONTEXTS",
-        help="that the search picks for a question",
+        help="that the search picks for a question (1 of a library; all passages of texts)",
+    )
+    parser.add_argument(
+        "--passage_tokens",
+        type=positive_int,
+        metavar="TOKENS",
+        help="of --context: longer texts are read as passages, cut where sentences end (the model's window)",
+    )
+    parser.add_argument(
+        "--overlap", type=count, default=0, metavar="TOKENS", help="that a passage repeats of the one before"
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="of --context: cut longer texts off instead, and say how many tokens",
     )
     parser.add_argument(
         "--question", action="append", help="may be given several times; without any, type them"

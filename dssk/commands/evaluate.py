@@ -37,6 +37,17 @@ def build_parser() -> Parser:
         "--controls", default=",".join(CONTROLS), help="with commas between; default: all, %(default)s"
     )
     parser.add_argument(
+        "--num_contexts",
+        metavar="N,N,...",
+        help="answer also from so many contexts at a time, the right one among others and missing (none)",
+    )
+    parser.add_argument(
+        "--distractors",
+        default="random",
+        metavar="SOURCE,...",
+        help="where the others come from: document, neighbours (by the question's words), random (%(default)s)",
+    )
+    parser.add_argument(
         "--max_questions",
         type=positive_int,
         metavar="QUESTIONS",

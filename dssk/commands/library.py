@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dssk.utils.defaults import STORAGE_DTYPES
-from dssk.utils.flags import Parser, positive_int
+from dssk.utils.flags import Parser, count, positive_int
 
 if TYPE_CHECKING:
     from dssk.store.library import Context
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def add(args: argparse.Namespace) -> None:
     from dssk.data.contexts import read_contexts
+    from dssk.inference.passages import Splitter
     from dssk.store.library import ContextLibrary
 
     rows = [row for file in args.files for row in read_contexts(file)]  # before a new library is begun
@@ -61,12 +62,18 @@ def add(args: argparse.Namespace) -> None:
         maximum_input_length=args.maximum_input_length,
     )
     ids, titles, texts = zip(*rows, strict=True)
-    added = [library.get(id) for id in library.add(texts, ids, titles)]
-    print("\n".join(map(describe, added)))
-    if cut := [context.id for context in added if context.truncated]:
+    longest = library.manifest.maximum_input_length
+    splitter = Splitter(args.passage_tokens or longest, args.overlap, args.repeat_title)
+    lost: list[int] = []  # tokens of each text that was cut
+    for id in library.add(texts, ids, titles, splitter, args.truncate):
+        context = library.get(id)
+        print(describe(context))
+        if context.truncated:
+            lost.append(library.num_tokens(context.text) - context.n_tokens)
+    if lost:
         print(
-            f"dssk: longer than the {library.manifest.maximum_input_length} tokens that are kept of a context, so "
-            f"their ends are lost: {', '.join(cut[:5])}{', ...' if len(cut) > 5 else ''}: divide them",
+            f"dssk: {sum(lost)} tokens of {len(lost)} texts are lost, which --truncate cut to {longest}: without it "
+            "they become passages",
             file=sys.stderr,
         )
 
@@ -74,7 +81,34 @@ def add(args: argparse.Namespace) -> None:
 def describe(context: "Context") -> str:
     """One line about a context."""
     cut = " (cut)" if context.truncated else ""
-    return f"{context.id}\t{context.n_tokens} tokens{cut}\t{context.title or ' '.join(context.text.split())[:60]}"
+    place = f" (characters {context.start} to {context.end})" if context.document else ""
+    begins = context.title or " ".join(context.text.split())[:60]
+    return f"{context.id}\t{context.n_tokens} tokens{cut}{place}\t{begins}"
+
+
+def add_splitting(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how long texts become passages."""
+    parser.add_argument(
+        "--passage_tokens",
+        type=positive_int,
+        metavar="TOKENS",
+        help="texts longer than these become passages, cut where sentences end (the longest that is possible)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=count,
+        default=0,
+        metavar="TOKENS",
+        help="that a passage repeats of the one before it, about (%(default)s)",
+    )
+    parser.add_argument(
+        "--repeat_title", action="store_true", help="begin each passage with its text's title"
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut longer texts off instead; how many tokens are lost is said",
+    )
 
 
 def build_parser() -> Parser:
@@ -106,8 +140,9 @@ def build_parser() -> Parser:
         "--maximum_input_length",
         type=positive_int,
         metavar="TOKENS",
-        help="of a new library: a context is cut to these (the model's window)",
+        help="of a new library: most of a context (the model's window)",
     )
+    add_splitting(add)
 
     commands.add_parser("list", help="id, tokens and title or beginning of every context")
 

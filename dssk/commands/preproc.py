@@ -9,13 +9,22 @@ one is continued by the same command.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dssk.utils.defaults import STORAGE_DTYPES
 from dssk.utils.flags import Parser, bool_flag, count, optional_str, positive_int
 
 if TYPE_CHECKING:
     from dssk.data.preprocess import Request
+
+
+_SWITCH: dict[str, Any] = {
+    "type": bool_flag,
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "metavar": "BOOL",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +93,11 @@ def build_parser() -> Parser:
         metavar="ROWS",
         help="malformed rows to leave out before giving up",
     )
+    data.add_argument(
+        "--whole_pages",
+        **_SWITCH,
+        help="of Natural Questions: the context is the page, cut into passages, not its long answer alone",
+    )
     data.add_argument("--seed", type=count, default=0, metavar="SEED", help="of the toy data set")
 
     work = parser.add_argument_group("the encoding")
@@ -92,7 +106,26 @@ def build_parser() -> Parser:
         type=positive_int,
         default=4096,
         metavar="TOKENS",
-        help="a context is cut to",
+        help="most of a context; longer ones become passages",
+    )
+    work.add_argument(
+        "--passage_tokens",
+        type=positive_int,
+        metavar="TOKENS",
+        help="contexts longer than these become passages, cut where sentences end (--maximum_input_length)",
+    )
+    work.add_argument(
+        "--overlap",
+        type=count,
+        default=0,
+        metavar="TOKENS",
+        help="that a passage repeats of the one before it",
+    )
+    work.add_argument("--repeat_title", **_SWITCH, help="begin each passage with the title of its document")
+    work.add_argument(
+        "--truncate",
+        **_SWITCH,
+        help="cut longer contexts off instead, and say how many tokens are lost",
     )
     work.add_argument(
         "--batch_size", type=positive_int, default=2, metavar="CONTEXTS", help="most at a time on a device"
@@ -129,11 +162,7 @@ def build_parser() -> Parser:
     result.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on the disk")
     result.add_argument(
         "--text_only",
-        type=bool_flag,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="BOOL",
+        **_SWITCH,
         help="no encodings",
     )
     result.add_argument("--shard_rows", type=positive_int, default=256, metavar="CONTEXTS", help="in a file")

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
+from dssk.inference.batching import IGNORED, length_mask, pack_states, pad_states, pad_tokens
+from dssk.models.packing import groups_of
 
 
 class Collator:
@@ -26,6 +27,8 @@ class Collator:
             "attention_mask": length_mask([len(ids) for ids in input_ids]),
             "labels": pad_tokens([e["labels"] for e in examples], IGNORED),
         }
+        if "contexts" in examples[0]:
+            return batch | self._packed([e["contexts"] for e in examples])
         once = self._distinct(examples)
         if "context_input_ids" in examples[0]:
             contexts = [e["context_input_ids"] for e in once]
@@ -48,6 +51,21 @@ class Collator:
         if self.share_contexts and len({len(run) for run in runs}) == 1:
             return [run[0] for run in runs]
         return examples
+
+    def _packed(self, examples: list[list[tuple[int, Any]]]) -> dict[str, torch.Tensor]:
+        """The contexts of a batch, each there once, and which of them each row reads."""
+        distinct = dict(pair for contexts in examples for pair in contexts)
+        places = {number: place for place, number in enumerate(distinct)}
+        groups = [[places[number] for number, _ in contexts] for contexts in examples]
+        values = list(distinct.values())
+        if not isinstance(values[0], torch.Tensor):
+            return {
+                "context_input_ids": pad_tokens(values, self.pad_token_id),
+                "context_attention_mask": length_mask([len(ids) for ids in values]),
+                "context_groups": groups_of(groups),
+            }
+        states, _, lengths, packed = pack_states(values, groups)
+        return {"encoder_hidden_states": states, "context_lengths": lengths, "context_groups": packed}
 
 
 def _context(example: dict[str, Any]) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.config import ExperimentConfig
 from dssk.data.augment import FIM_PROB, REPETITION_TASKS, fill_in_the_middle
+from dssk.data.distractors import Distractors, context_numbers
 from dssk.errors import DsskError
 from dssk.inference.batching import IGNORED
 from dssk.inference.tokenizer import (
@@ -21,6 +22,7 @@ from dssk.inference.tokenizer import (
     tokenize_question,
     tokenize_question_after_context,
 )
+from dssk.store.dataset import StoredContexts
 
 
 def check_context_ids(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,9 +53,10 @@ class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
     An example is `input_ids` and `labels` (T,), and the context: its text `context`, and `encoder_hidden_states`
-    (S, d), or `context_input_ids` (S,) with `encode_online`. In training the rows are walked once for each of `kinds`:
-    questions with their answers; documents, whose beginning is the context and whose rest is the text (`train_on`);
-    contexts themselves as text to be repeated (`include_context_ids`). With `distill` there is what a `Teacher` needs.
+    (S, d), or `context_input_ids` (S,) with `encode_online`. Where questions read several, it is `contexts`: the number
+    of each and the same of it. In training the rows are walked once for each of `kinds`: questions with their answers;
+    documents, whose beginning is the context and whose rest is the text (`train_on`); contexts themselves as text to be
+    repeated (`include_context_ids`). With `distill` there is what a `Teacher` needs.
     """
 
     def __init__(
@@ -62,8 +65,11 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         tokenizer: PreTrainedTokenizerBase,
         cfg: ExperimentConfig,
         training: bool,
+        contexts: StoredContexts | None = None,
     ):
+        """`contexts` are those of the store, which rows that read several of them need."""
         self.rows = rows
+        self.contexts = contexts
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.training = training
@@ -73,10 +79,26 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         check_context_ids(cfg, tokenizer)
         self.fim_markers = fim_ids(tokenizer) if "contexts" in self.kinds else None
         self.num_leading = len(leading_ids(tokenizer))
+        self.distractors: Distractors | None = None
+        if cfg.several_contexts:
+            assert contexts is not None
+            self.distractors = Distractors.of_split(rows, contexts, cfg.distractors)
+            self.own_contexts = context_numbers(rows)
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations; the training loop calls this."""
+        """Draw other augmentations and contexts; the training loop calls this."""
         self.epoch = epoch
+        self.num_contexts = self.contexts_of_epoch(epoch)
+
+    def warming_up(self, epoch: int) -> bool:
+        """Whether questions still read their own contexts alone; only training warms up."""
+        return self.training and epoch < self.cfg.contexts_warmup
+
+    def contexts_of_epoch(self, epoch: int) -> np.ndarray:
+        """How many contexts each question reads."""
+        low, high = (1, 1) if self.warming_up(epoch) else self.cfg.contexts_range
+        return np.random.default_rng([self.cfg.seed, epoch]).integers(low, high + 1, size=len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.kinds)
@@ -85,11 +107,16 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         kind, number = divmod(index, len(self.rows))
         row = self.rows[number]
         rng = np.random.default_rng([self.cfg.seed, self.epoch, index])
+        numbers: list[int] = []  # of the contexts, where there may be several
+        if self.distractors is not None:
+            row, numbers = self._with_others(self.kinds[kind], number, row, rng)
         make = {"questions": self._question, "documents": self._document, "contexts": self._context}
         text: _Text = make[self.kinds[kind]](row, rng)
         size = self.cfg.context_size
         example: dict[str, Any] = {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
         example["context"] = row["context"]
+        if numbers:
+            return example | {"contexts": [(number, self._numbered(number)) for number in numbers]}
         seen = min(size, text.seen or size)
         if self.cfg.encode_online or self.distils:
             example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:seen]
@@ -101,11 +128,38 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             example["taught"], example["teacher_share"] = max(0, text.taught - cut), text.share
         return example
 
+    def _tokens(self, context: str) -> list[int]:
+        return tokenize_context(self.tokenizer, context)[: self.cfg.context_size]
+
+    def _numbered(self, number: int) -> Any:
+        """A context by its number in the store: its states, or its tokens with `encode_online`."""
+        assert self.contexts is not None
+        if self.cfg.encode_online:
+            return self._tokens(self.contexts.text(number))
+        return self.contexts.states(number)[: self.cfg.context_size]
+
+    def _with_others(
+        self, kind: str, number: int, row: dict[str, Any], rng: np.random.Generator
+    ) -> tuple[dict[str, Any], list[int]]:
+        """A row with the answer that it then has, and the numbers of the contexts that it reads."""
+        distractors = self.distractors
+        assert distractors is not None
+        own, count = int(self.own_contexts[number]), int(self.num_contexts[number])
+        if kind == "contexts":  # text to repeat
+            return row, [own]
+        if rng.random() < self.cfg.gold_missing and not self.warming_up(self.epoch):
+            golds = row["answers"] or [row["answer"]]
+            others = distractors.draw(own, row["question"], count, rng, without=golds)
+            if others:
+                return {**row, "answer": prompts.NOT_IN_CONTEXT}, others
+        return row, [own, *distractors.draw(own, row["question"], count - 1, rng)]
+
     def _question(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
         prompt = tokenize_question(self.tokenizer, row["question"])
         answer = tokenize_answer(self.tokenizer, row["answer"])
         if self.training and self.cfg.do_repetition_augmentations:
-            answer += self._repetition(row, str(rng.choice(REPETITION_TASKS)))
+            tasks = REPETITION_TASKS if self.distractors is None else REPETITION_TASKS[:-1]  # which context?
+            answer += self._repetition(row, str(rng.choice(tasks)))
         input_ids = prompt + answer
         labels = input_ids if self.cfg.loss_on == "all" else [IGNORED] * len(prompt) + answer
         if not isinstance(

@@ -34,7 +34,7 @@ from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.models.layers import named_layers
 from dssk.store.manifest import CONTEXTS, FileInfo, ShardInfo, load_shard_info, shard_name
 from dssk.store.opening import find_fault
-from dssk.store.segments import context_features, encoded_record
+from dssk.store.segments import Origin, context_features, encoded_record
 from dssk.utils import files
 from dssk.utils.console import quiet_libraries
 from dssk.utils.ranks import Ranks
@@ -248,8 +248,8 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
         pa.ipc.new_stream(file, schema) as writer,
     ):
         written: Future | None = None
-        for batch, truncated in batches(job, index):
-            record = _record(batch, truncated, encoder)
+        for batch, titles, origins, truncated in batches(job, index):
+            record = _record(batch, titles, origins, truncated, encoder)
             if written:
                 written.result()
             written = pool.submit(writer.write_batch, record)
@@ -270,19 +270,23 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
     files.publish_text(job.path(index, ".json"), info.to_json())
 
 
-def _record(batch: Batch, truncated: list[bool], encoder: Encoder) -> pa.RecordBatch:
+def _record(
+    batch: Batch, titles: list[str], origins: list[Origin], truncated: list[bool], encoder: Encoder
+) -> pa.RecordBatch:
     """The rows of a batch as they are stored; a context's id is its row number."""
     num_tokens = [len(ids) for ids in batch.input_ids]
     ids = [str((batch.first_row or 0) + row) for row in range(len(num_tokens))]
-    return encoded_record(ids, [""] * len(ids), batch.texts, num_tokens, truncated, *encoder.quantized(batch))
+    return encoded_record(ids, titles, batch.texts, origins, num_tokens, truncated, *encoder.quantized(batch))
 
 
-def batches(job: Job, index: int) -> Iterator[tuple[Batch, list[bool]]]:
-    """The contexts of a shard, longest first, cut into batches, and which of them were truncated."""
+def batches(job: Job, index: int) -> Iterator[tuple[Batch, list[str], list[Origin], list[bool]]]:
+    """The contexts of a shard, longest first, cut into batches: titles, places, and which of them were truncated."""
     rows = planning.shard_tokens(job.folder, index)
     contexts, input_ids = rows["context"].to_pylist(), rows["input_ids"].to_pylist()
-    truncated = rows["truncated"].to_pylist()
+    titles, truncated = rows["title"].to_pylist(), rows["truncated"].to_pylist()
+    places = (rows[name].to_pylist() for name in Origin._fields)
+    origins = [Origin(*place) for place in zip(*places, strict=True)]
     for batch in length_batches([len(ids) for ids in input_ids], job.batch_size, job.batch_tokens):
         cut = slice(batch[0], batch[-1] + 1)  # they lie in this order
         first_row = job.plan.shards[index].first_row + cut.start
-        yield Batch(contexts[cut], input_ids[cut], first_row), truncated[cut]
+        yield Batch(contexts[cut], input_ids[cut], first_row), titles[cut], origins[cut], truncated[cut]

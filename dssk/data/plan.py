@@ -6,11 +6,13 @@ first, so that batches of consecutive rows need little padding and the worst cas
 """
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import xxhash
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dssk.data.readers import BadRow, RawRow
 from dssk.data.schemas import Dropped, UnknownFields, to_qa
 from dssk.errors import DamagedData, DsskError
+from dssk.inference.passages import Passage, Splitter
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.store.dataset import QUESTION_FEATURES, write_dataset_files
 from dssk.store.manifest import (
@@ -41,13 +44,22 @@ PLAN = "plan.json"
 CONTEXT_TOKENS = "contexts.arrow"
 
 _BATCH_ROWS = 1000
+_WORD = re.compile(r"\w+")
 _SHOWN_BAD_ROWS = 5
 _ROW_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("id", "document", "context", "question")]
-    + [("answers", pa.list_(pa.string()))]
+    + [("answers", pa.list_(pa.string())), ("start", pa.int64()), ("end", pa.int64())]
 )
 _CONTEXT_SCHEMA = pa.schema(
-    [("context", pa.string()), ("input_ids", pa.list_(pa.int32())), ("truncated", pa.bool_())]
+    [
+        ("title", pa.string()),
+        ("context", pa.string()),
+        ("document", pa.string()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("truncated", pa.bool_()),
+    ]
 )
 
 
@@ -114,17 +126,22 @@ class Tally:
 # --- first pass: stage sound rows -------------------------------------------------------------------------------
 
 
-def stage_rows(path: Path, rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> None:
+def stage_rows(
+    path: Path, rows: Iterable[RawRow], max_examples: int | None, tally: Tally, whole_pages: bool = False
+) -> None:
     """Write the usable rows, at most `max_examples`, to the Arrow file `path`."""
-    write_table(path, _ROW_SCHEMA, _batches(_usable(rows, max_examples, tally), _ROW_SCHEMA))
+    usable = _usable(rows, max_examples, tally, whole_pages)
+    write_table(path, _ROW_SCHEMA, _batches(usable, _ROW_SCHEMA))
 
 
-def _usable(rows: Iterable[RawRow], max_examples: int | None, tally: Tally) -> Iterator[tuple]:
+def _usable(
+    rows: Iterable[RawRow], max_examples: int | None, tally: Tally, whole_pages: bool
+) -> Iterator[tuple]:
     num_usable = 0
     for row in tqdm(rows, desc="reading", unit=" rows", disable=None, mininterval=1):
         tally.read += 1
         try:
-            qa = to_qa(row)
+            qa = to_qa(row, whole_pages)
         except BadRow as error:
             tally.add_bad_row(row.place, error)
         except Dropped as error:
@@ -171,9 +188,10 @@ def make_plan(
     staged: dict[str, Path],
     val_fraction: float,
     tally: Tally,
+    splitter: Splitter | None = None,
 ) -> Plan:
     """Write the question tables and the contexts' tokens, then the plan. `staged` is by split as in `find_files`."""
-    numbering = _Numbering(staged, val_fraction, tally)
+    numbering = _Numbering(staged, val_fraction, tally, Passages(tokenizer, splitter))
     contexts = _Contexts(settings, tokenizer)
     context_tokens = write_table(
         folder / STAGING / CONTEXT_TOKENS, _CONTEXT_SCHEMA, contexts.shards(numbering.contexts())
@@ -183,7 +201,9 @@ def make_plan(
         if not numbering.kept[split] and (split != "val" or val_fraction):
             raise DsskError(_no_rows(split, numbering, tally))
         source = staged.get(split) or staged["all"]
-        tables |= _write_questions(folder / split, numbering.kept[split], source, contexts.positions)
+        tables |= _write_questions(
+            folder / split, numbering.kept[split], source, contexts.positions, numbering.passages
+        )
     plan = Plan(
         settings=settings,
         counts=Counts(
@@ -193,6 +213,7 @@ def make_plan(
             rows={split: len(numbering.kept[split]) for split in SPLITS},
             contexts=len(contexts.positions),
             truncated=contexts.truncated,
+            lost_tokens=contexts.lost_tokens,
             tokens=sum(shard.tokens for shard in contexts.planned),
             length_histogram=contexts.histogram,
         ),
@@ -232,7 +253,7 @@ def load_plan(folder: Path) -> Plan | None:
 
 
 def shard_tokens(folder: Path, index: int) -> pa.RecordBatch:
-    """The contexts of a planned shard: context, input_ids, truncated."""
+    """The contexts of a planned shard: title, context, document, start, end, input_ids, truncated."""
     with pa.memory_map(str(folder / STAGING / CONTEXT_TOKENS)) as source:
         return next(islice(pa.ipc.open_stream(source), index, None))
 
@@ -242,10 +263,53 @@ def describe(dropped: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "none dropped"
 
 
+class Planned(NamedTuple):
+    """A context that is to be encoded: a whole one, or a passage of one."""
+
+    title: str
+    text: str
+    document: str  # what it is a passage of; empty for a whole context
+    start: int  # its characters there
+    end: int
+
+
+class Passages:
+    """Divides contexts; the last one is remembered, as rows about one mostly follow one another."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, splitter: Splitter | None):
+        self._tokenizer, self._splitter = tokenizer, splitter
+        self._last: tuple[str, str, list[Passage]] = ("", "", [])
+
+    def of(self, row: dict) -> list[Passage]:
+        """The passages of a row's context; itself, if it is short or to be cut off."""
+        text, title = row["context"], row["document"]
+        if self._splitter is None:
+            return [Passage(text, 0, len(text))]
+        if self._last[:2] != (text, title) or not self._last[2]:
+            self._last = (text, title, self._splitter.split(self._tokenizer, text, title))
+        return self._last[2]
+
+
+def answering(passages: list[Passage], row: dict) -> int:
+    """Which passage answers a row's question.
+
+    It overlaps the part of the context that does, holds a right answer if one does, and then shares most words with
+    the question.
+    """
+    low, high = row["start"], len(row["context"]) if row["end"] is None else row["end"]
+    inside = [i for i, passage in enumerate(passages) if passage.start < high and passage.end > low]
+    inside = inside or list(range(len(passages)))
+    golds = [answer.lower() for answer in row["answers"]]
+    holding = [i for i in inside if any(gold in passages[i].text.lower() for gold in golds)]
+    asked = set(_WORD.findall(row["question"].lower()))
+    return max(holding or inside, key=lambda i: len(asked & set(_WORD.findall(passages[i].text.lower()))))
+
+
 class _Numbering:
     """Decides which staged rows are kept, in which split, and numbers their contexts by first appearance."""
 
-    def __init__(self, staged: dict[str, Path], val_fraction: float, tally: Tally):
+    def __init__(self, staged: dict[str, Path], val_fraction: float, tally: Tally, passages: Passages):
+        self.passages = passages
         self._staged = staged
         self._tally = tally
         self.divides = "all" in staged
@@ -253,8 +317,11 @@ class _Numbering:
         self._val_documents = _choose_documents(staged["all"], val_fraction) if self.divides else set()
         self.kept = {split: _Kept() for split in SPLITS}
 
-    def contexts(self) -> Iterator[str]:
-        """Every distinct context of the kept rows, once. `kept` is complete when this is exhausted."""
+    def contexts(self) -> Iterator[Planned]:
+        """Every distinct context of the kept rows, once, and every distinct passage of a long one.
+
+        `kept` is complete when this is exhausted.
+        """
         val_contexts = {_digest(row["context"]) for split, _, row in self._rows() if split == "val"}
         numbers: dict[int, int] = {}
         seen: set[int] = set()
@@ -268,10 +335,14 @@ class _Numbering:
                 self._tally.dropped["duplicate"] += 1
                 continue
             seen.add(question_key)
-            if key not in numbers:
-                numbers[key] = len(numbers)
-                yield row["context"]
-            self.kept[split].append(index, numbers[key])
+            passages = self.passages.of(row)
+            for passage in passages:
+                if (passage_key := _digest(passage.text)) not in numbers:
+                    numbers[passage_key] = len(numbers)
+                    document = row["document"] or row["id"] if len(passages) > 1 else ""
+                    yield Planned(row["document"], passage.text, document, passage.start, passage.end)
+            gold = passages[answering(passages, row)]
+            self.kept[split].append(index, numbers[_digest(gold.text)])
 
     def _rows(self) -> Iterator[tuple[str, int, dict]]:
         for name, path in self._staged.items():
@@ -327,19 +398,20 @@ class _Contexts:
         self.positions = array("q")
         """Number of a context -> its row in `contexts/`."""
         self.planned: list[PlannedShard] = []
-        self.truncated = 0
+        self.truncated = self.lost_tokens = 0
         self.histogram: list[int] = []
 
-    def shards(self, contexts: Iterator[str]) -> Iterator[pa.RecordBatch]:
-        """One record batch (context, input_ids, truncated) a shard."""
-        while texts := list(islice(contexts, self._settings.shard_rows)):
-            yield self._shard(texts)
+    def shards(self, contexts: Iterator[Planned]) -> Iterator[pa.RecordBatch]:
+        """One record batch of `_CONTEXT_SCHEMA` a shard."""
+        while planned := list(islice(contexts, self._settings.shard_rows)):
+            yield self._shard(planned)
 
-    def _shard(self, texts: list[str]) -> pa.RecordBatch:
+    def _shard(self, planned: list[Planned]) -> pa.RecordBatch:
         maximum = self._settings.maximum_input_length
-        ids = tokenize_contexts(self._tokenizer, texts)
+        ids = tokenize_contexts(self._tokenizer, [context.text for context in planned])
         truncated = [len(row) > maximum for row in ids]
         self.truncated += sum(truncated)
+        self.lost_tokens += sum(max(0, len(row) - maximum) for row in ids)
         ids = [row[:maximum] for row in ids]
         for row in ids:
             bin_index = (len(row) - 1) // HISTOGRAM_BIN_TOKENS
@@ -350,18 +422,20 @@ class _Contexts:
         self.positions.extend([0] * len(ids))
         for place, i in enumerate(order):
             self.positions[first_row + i] = first_row + place
-        rows = [(texts[i], ids[i]) for i in order]
+        rows = [(*planned[i], ids[i]) for i in order]
         key = xxhash.xxh3_128_hexdigest(json.dumps([self._settings.encoding_key, rows]).encode())
         tokens = sum(map(len, ids))
         self.planned.append(PlannedShard(key=key, first_row=first_row, rows=len(rows), tokens=tokens))
         return _record_batch([(*rows[k], truncated[i]) for k, i in enumerate(order)], _CONTEXT_SCHEMA)
 
 
-def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) -> dict[str, FileInfo]:
+def _write_questions(
+    folder: Path, kept: _Kept, staged: Path, positions: array, passages: Passages
+) -> dict[str, FileInfo]:
     features = QUESTION_FEATURES
     name = f"{shard_name(0, 1)}.arrow"
     files.make_folder(folder)
-    batches = _batches(_questions(staged, kept, positions), features.arrow_schema)
+    batches = _batches(_questions(staged, kept, positions, passages), features.arrow_schema)
     info = write_table(folder / name, features.arrow_schema, batches)
     return {
         f"{folder.name}/{name}": info,
@@ -369,12 +443,14 @@ def _write_questions(folder: Path, kept: _Kept, staged: Path, positions: array) 
     }
 
 
-def _questions(path: Path, kept: _Kept, positions: array) -> Iterator[tuple]:
+def _questions(path: Path, kept: _Kept, positions: array, passages: Passages) -> Iterator[tuple]:
     """Rows of `QUESTION_FEATURES`."""
     numbers = iter(zip(kept.indices, kept.numbers, strict=True))
     wanted, number = next(numbers, (-1, 0))
     for index, row in enumerate(_staged(path)):
         if index == wanted:
             answers = row["answers"]
-            yield row["id"], row["context"], row["question"], answers[0], answers, positions[number]
+            found = passages.of(row)
+            context = found[answering(found, row)].text
+            yield row["id"], context, row["question"], answers[0], answers, positions[number]
             wanted, number = next(numbers, (-1, 0))

@@ -16,6 +16,7 @@ from dssk.data.encode import Job, encode_shards
 from dssk.errors import DsskError, short
 from dssk.inference.fingerprint import is_model, model_fingerprint, tokenizer_hash
 from dssk.inference.loading import load_base_config
+from dssk.inference.passages import Splitter
 from dssk.inference.rounding import StorageDtype
 from dssk.inference.tokenizer import load_tokenizer, template_version
 from dssk.models.layers import layers_name, named_layers
@@ -26,6 +27,7 @@ from dssk.store.opening import check_sizes, load_manifest
 from dssk.utils import files, ranks
 from dssk.utils.console import quiet_libraries
 
+PASSAGES = "passages"  # in the settings: how contexts were divided
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,6 +48,11 @@ class Request:
     skip_bad_rows: int
     seed: int
     maximum_input_length: int
+    passage_tokens: int | None
+    overlap: int
+    repeat_title: bool
+    truncate: bool
+    whole_pages: bool
     batch_size: int
     batch_tokens: int
     num_proc: int
@@ -69,6 +76,31 @@ class Request:
             seed=self.seed,
             makers=self.makers,
         )
+
+    def splitter(self) -> Splitter | None:
+        """How long contexts become passages; None to cut them off."""
+        if self.truncate:
+            if self.passage_tokens or self.overlap or self.repeat_title or self.whole_pages:
+                raise DsskError(
+                    "--truncate leaves one passage of a context: leave out --passage_tokens, --overlap, --repeat_title "
+                    "and --whole_pages"
+                )
+            return None
+        tokens = self.passage_tokens or self.maximum_input_length
+        if tokens > self.maximum_input_length:
+            raise DsskError(
+                f"--passage_tokens {tokens} is more than --maximum_input_length {self.maximum_input_length}: lower it"
+            )
+        return Splitter(tokens, self.overlap, self.repeat_title)
+
+    def passages(self) -> dict[str, str | int | float | None]:
+        """What decides the passages, for comparing two runs; nothing where contexts are cut off, as in 0.1."""
+        splitter = self.splitter()
+        if splitter is None:
+            return {}
+        parts = [f"{splitter.tokens} tokens", *([f"overlap {splitter.overlap}"] if splitter.overlap else [])]
+        parts += [name for name in ("repeat_title", "whole_pages") if getattr(self, name)]
+        return {PASSAGES: ", ".join(parts)}
 
     def folder(self) -> Path:
         """Where the store goes: it has the name of the model."""
@@ -169,7 +201,7 @@ def _settings(request: Request, config: PreTrainedConfig, source: sources.Source
         template_version=template_version(tokenizer),
         maximum_input_length=request.maximum_input_length,
         shard_rows=request.shard_rows,
-        source=source.describe(),
+        source=source.describe() | request.passages(),
     )
 
 
@@ -194,6 +226,11 @@ def _is_complete(folder: Path, settings: Settings, request: Request, config: Pre
     if is_model(found.model_fingerprint, request.embedding_model, config, request.revision):
         # the same base, in whichever version's words
         found = found.model_copy(update={"model_fingerprint": settings.model_fingerprint})
+    whole: dict[str, str | int | float | None] = {PASSAGES: f"{found.maximum_input_length} tokens"}
+    if PASSAGES not in found.source and not manifest.counts.truncated and request.passages() in ({}, whole):
+        found = found.model_copy(
+            update={"source": found.source | request.passages()}
+        )  # nothing was cut anyway
     _require_same(folder, found, settings)
     check_sizes(folder, manifest)
     return True
@@ -237,10 +274,12 @@ def _start(folder: Path, settings: Settings, source: sources.Source, request: Re
     tally = planning.Tally(request.skip_bad_rows)
     staged = {split: staging / f"{split}.arrow" for split in rows}
     for split, path in staged.items():
-        planning.stage_rows(path, rows[split], request.max_examples, tally)
+        planning.stage_rows(path, rows[split], request.max_examples, tally, request.whole_pages)
     tally.check(request.dataset)
     tokenizer = load_tokenizer(request.embedding_model, request.revision)
-    return planning.make_plan(folder, settings, tokenizer, staged, request.val_fraction, tally)
+    return planning.make_plan(
+        folder, settings, tokenizer, staged, request.val_fraction, tally, request.splitter()
+    )
 
 
 # --- after everything is encoded --------------------------------------------------------------------------------
@@ -254,10 +293,11 @@ def _finish(job: Job) -> Manifest:
 
 def _report(folder: Path, manifest: Manifest) -> None:
     counts = manifest.counts
+    lost = f" ({counts.lost_tokens} tokens lost)" if counts.lost_tokens else ""
     print(
         f"{counts.read} rows read, {sum(counts.rows.values())} kept ({planning.describe(counts.rows)}); "
         f"dropped: {planning.describe(counts.dropped)}; malformed: {len(counts.bad_rows)}"
     )
     print(
-        f"{counts.contexts} contexts, {counts.tokens} tokens, {counts.truncated} truncated. Written to {folder}"
+        f"{counts.contexts} contexts, {counts.tokens} tokens, {counts.truncated} truncated{lost}. Written to {folder}"
     )

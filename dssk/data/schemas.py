@@ -25,6 +25,10 @@ class QA(NamedTuple):
     question: str
     answers: list[str]
     """All acceptable answers; the first is the one to learn."""
+    start: int = 0
+    """Where in the context the part begins that answers the question, in characters."""
+    end: int | None = None
+    """One after its last character; None: all of it may."""
 
 
 class Dropped(Exception):
@@ -35,8 +39,11 @@ class UnknownFields(BadRow):
     """A row of no known schema."""
 
 
-def to_qa(row: RawRow) -> QA:
-    """Read one raw row of any known schema. Raises `BadRow` or `Dropped`."""
+def to_qa(row: RawRow, whole_pages: bool = False) -> QA:
+    """Read one raw row of any known schema. Raises `BadRow` or `Dropped`.
+
+    With `whole_pages` the context of a row of Natural Questions is its page, in which the long answer stands.
+    """
     value = row.value
     if isinstance(value, BadRow):
         raise value
@@ -44,7 +51,7 @@ def to_qa(row: RawRow) -> QA:
         raise BadRow(f"a row is a JSON object, got {type(value).__name__}")
     try:
         if "annotations" in value:
-            qa = _nq_question(value)
+            qa = _nq_question(value, whole_pages)
         elif "context" in value:
             qa = _flat_question(value, row.place)
         else:
@@ -140,7 +147,7 @@ class _Annotation(NamedTuple):
 _YES_NO = {1: prompts.YES, "YES": prompts.YES, 0: prompts.NO, "NO": prompts.NO, -1: None, "NONE": None}
 
 
-def _nq_question(row: dict) -> QA:
+def _nq_question(row: dict, whole_page: bool) -> QA:
     """A row of Natural Questions in any of its three layouts."""
     if "document_tokens" in row:
         tokens = [token["token"] for token in row["document_tokens"]]
@@ -158,12 +165,19 @@ def _nq_question(row: dict) -> QA:
     chosen = next((a.long_answer for a in annotations if a.long_answer.start >= 0), None)
     if chosen is None:
         raise Dropped("no long answer")
+    parts = [slice(*chosen)]
+    if whole_page:
+        parts = [slice(chosen.start), *parts, slice(chosen.end, None)]
+    texts = [plain_text(tokens[part], is_html[part]) for part in parts]
+    start = len(texts[0]) + 1 if whole_page and texts[0] else 0
     return QA(
         id=str(row["id"] if nested else row["example_id"]),
         document=document or "",
-        context=plain_text(tokens[slice(*chosen)], is_html[slice(*chosen)]),
+        context="\n".join(text for text in texts if text),
         question=row["question"]["text"] if nested else row["question_text"],
         answers=_answers([a for a in annotations if a.long_answer == chosen], tokens, is_html),
+        start=start,
+        end=start + len(texts[1]) if whole_page else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dssk.errors import DsskError
-from dssk.inference.encoding import Encoder
+from dssk.inference.answering import encode_passages
+from dssk.inference.attending import Seen, seen
 from dssk.inference.loading import FusedModel, device, load_model
+from dssk.inference.passages import Splitter
 from dssk.inference.tokenizer import tokenize_context
+from dssk.models.shapes import window
 from dssk.store.library import ContextLibrary
+from dssk.store.search import WordIndex
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
 from dssk.utils.files import machine_faults, publish_text
 from dssk.utils.json_files import parse_json
@@ -21,7 +27,19 @@ from dssk.utils.json_files import parse_json
 QUIT = "/quit"
 NOTHING_FOUND = "[no context found: the model answers by itself]"
 
-Found = tuple[list[str], list[torch.Tensor]]  # ids, none for texts, and encoder states (S, d)
+
+@dataclass(frozen=True)
+class Found:
+    """A context that a question reads: one of a library, or a text or a passage of one that was given."""
+
+    id: str  # in its library; the name of a text
+    title: str
+    text: str
+    document: str  # the id of the text that it is a passage of; empty for a whole text
+    start: int  # its first character there
+    end: int  # and the one after its last
+    states: torch.Tensor  # (S, d)
+    in_library: bool = True
 
 
 def ask(
@@ -29,78 +47,120 @@ def ask(
     library: str | None = None,
     context: Sequence[str] | None = None,
     context_id: Sequence[str] | None = None,
-    k: int = 1,
+    k: int | None = None,
     question: Sequence[str] | None = None,
     input: str | None = None,
     output: str | None = None,
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    passage_tokens: int | None = None,
+    overlap: int = 0,
+    truncate: bool = False,
 ) -> None:
     """What `dssk answer` does; the arguments are its flags."""
-    texts = [read_text(path) for path in context or []]
+    stems = Counter(Path(path).stem for path in context or [])
+    texts = {
+        path if stems[Path(path).stem] > 1 else Path(path).stem: read_text(path) for path in context or []
+    }
     rows = read_questions(input) if input else [{"question": text} for text in question or []]
     model, tokenizer = load_model(checkpoint, device=device())
     if library:
         contexts = ContextLibrary(library)
         contexts.check_model(checkpoint)
-        finder = Finder(contexts, context_id, k)
+        finder = Finder(contexts, context_id, k or 1)
     else:
-        finder = Finder.of_texts(model, tokenizer, texts)
+        splitter = Splitter(passage_tokens or window(model.config), overlap)
+        finder = Finder.of_texts(model, tokenizer, texts, splitter, truncate, k)
     if not (input or question):
         converse(model, tokenizer, finder, sys.stdin, max_new_tokens)
         return
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "show_progress": bool(input)}
     found = [finder.find(row["question"], row.get("context_id")) for row in rows]
-    questions, states = [row["question"] for row in rows], [states for _, states in found]
+    questions, states = (
+        [row["question"] for row in rows],
+        [[context.states for context in one] for one in found],
+    )
     answers = model.answer(questions, states, tokenizer, **settings)
+    sources = [
+        attended(model, tokenizer, question, answer, one)
+        for question, answer, one in zip(questions, answers, found, strict=True)
+    ]
     if input:
-        write_answers(rows, answers, found, output)
+        write_answers(rows, answers, found, sources, output)
         return
-    for answer, sources in zip(answers, found, strict=True):
-        show_source(sources, before=True)
+    for answer, read in zip(answers, sources, strict=True):
+        say_nothing_found(read)
         print(answer)
-        show_source(sources, before=False)
+        show_sources(read)
 
 
 class Finder:
-    """Finds the contexts of a question: given ones, or those of a library that share its words."""
+    """Finds the contexts of a question: given ones, or those that share its words."""
 
-    def __init__(self, library: ContextLibrary | None, ids: Sequence[str] | None = None, k: int = 1):
+    def __init__(self, library: ContextLibrary | None, ids: Sequence[str] | None = None, k: int | None = 1):
         self._library, self._k = library, k
-        self._states: dict[str, torch.Tensor] = {}
-        self._given: Found | None = self._fetch(ids) if ids else None
+        self._known: dict[str, Found] = {}
+        self._given: list[Found] | None = self._fetch(ids) if ids else None
+        self._index: WordIndex | None = None  # of given texts, where some of them are to be picked
 
     @classmethod
     def of_texts(
-        cls, model: FusedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+        cls,
+        model: FusedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Mapping[str, str],
+        splitter: Splitter,
+        truncate: bool = False,
+        k: int | None = None,
     ) -> "Finder":
-        """Texts that are encoded here; says if one is too long to be read whole."""
-        states = Encoder(model, tokenizer).encode(texts)
-        for text, encoded in zip(texts, states, strict=True):
-            tokens = len(tokenize_context(tokenizer, text))
-            if tokens > len(encoded):
-                print(
-                    f"dssk: a context has {tokens} tokens, the first {len(encoded)} are read", file=sys.stderr
-                )
-        finder = cls(None)
-        finder._given = [], states
+        """Texts by their names, which are encoded here, long ones as passages; the best `k` are read, or all.
+
+        With `truncate` their beginnings are read alone, and how many tokens are lost is said.
+        """
+        encoded = encode_passages(model, tokenizer, list(texts.values()), truncate, splitter)
+        given = []
+        for (name, text), several in zip(texts.items(), encoded, strict=True):
+            for number, (states, passage) in enumerate(several, start=1):
+                whole = len(several) == 1
+                id, document = (name, "") if whole else (f"{name}#{number}", name)
+                given.append(Found(id, "", passage.text, document, passage.start, passage.end, states, False))
+            if truncate and (lost := len(tokenize_context(tokenizer, text)) - len(several[0][0])) > 0:
+                print(f"dssk: --truncate: {lost} tokens of {name} are not read", file=sys.stderr)
+        finder = cls(None, k=k)
+        finder._given = given
+        if k is not None and k < len(given):
+            finder._index = WordIndex.of_texts([context.text for context in given])
         return finder
 
-    def find(self, question: str, ids: Sequence[str] | None = None) -> Found:
+    def find(self, question: str, ids: Sequence[str] | None = None) -> list[Found]:
         """The contexts for `question`; `ids` come first."""
         if self._given is not None and not ids:
-            return self._given
+            if self._index is None:
+                return self._given
+            return [self._given[row] for row, _ in self._index.search(question, self._k or 1)]
         if self._library is None:
             raise DsskError(f"{question[:40]!r} names a context: pass --library")
-        return self._fetch(ids or [hit.id for hit in self._library.search(question, self._k)])
+        return self._fetch(ids or [hit.id for hit in self._library.search(question, self._k or 1)])
 
-    def _fetch(self, ids: Sequence[str]) -> Found:
+    def _fetch(self, ids: Sequence[str]) -> list[Found]:
         """Contexts of the library; the same states for the same id, so that its questions share a projection."""
         assert self._library is not None
         for id in ids:
-            if id not in self._states:
-                self._states[id] = self._library.get(id).encoder_hidden_states
-        return list(ids), [self._states[id] for id in ids]
+            if id not in self._known:
+                c = self._library.get(id)
+                self._known[id] = Found(
+                    id, c.title, c.text, c.document, c.start, c.end, c.encoder_hidden_states
+                )
+        return [self._known[id] for id in ids]
+
+
+def attended(
+    model: FusedModel, tokenizer: PreTrainedTokenizerBase, question: str, answer: str, found: Sequence[Found]
+) -> list[tuple[Found, Seen]]:
+    """The contexts of an answer with what it attended to in each, most first."""
+    parts = seen(model, tokenizer, question, answer, [(context.text, context.states) for context in found])
+    parts = parts or [Seen(0.0, 0, 0)] * len(found)  # an answer without tokens
+    return sorted(zip(found, parts, strict=True), key=lambda pair: -pair[1].share)
 
 
 def converse(
@@ -113,19 +173,28 @@ def converse(
     """Answer line by line, until `/quit` or the end; tokens are shown as they come."""
     for question in _typed(lines):
         found = finder.find(question)
-        show_source(found, before=True)
+        say_nothing_found(found)
         stream = _Stream(tokenizer)
-        model.answer(question, found[1], tokenizer, streamer=stream, max_new_tokens=max_new_tokens)
-        show_source(found, before=False)
+        states = [context.states for context in found]
+        answer = model.answer(question, states, tokenizer, streamer=stream, max_new_tokens=max_new_tokens)
+        show_sources(attended(model, tokenizer, question, answer, found))
 
 
-def show_source(found: Found, before: bool) -> None:
-    """Say before an answer that there is no context for it, or after it from which ones of a library it comes."""
-    ids, states = found
-    if before and not states:
+def say_nothing_found(found: Sequence[Any]) -> None:
+    """Say before an answer that there is no context for it."""
+    if not found:
         print(NOTHING_FOUND)
-    elif not before and ids:
-        print(f"[{', '.join(ids)}]")
+
+
+def show_sources(sources: Sequence[tuple[Found, Seen]]) -> None:
+    """Say after an answer what it was read in: a line for each context, the most attended to first."""
+    for context, part in sources:
+        title = f" ({context.title})" if context.title else ""
+        place = (
+            f", characters {context.start} to {context.end} of {context.document}" if context.document else ""
+        )
+        span = " ".join(context.text[part.start : part.end].split())
+        print(f"[{context.id}{title}{place}: {part.share:.0%} of the attention, most to {span!r}]")
 
 
 class _Stream(TextStreamer):
@@ -192,14 +261,29 @@ def _question(place: str, line: str) -> dict[str, Any]:
 
 
 def write_answers(
-    rows: Sequence[dict[str, Any]], answers: Sequence[str], found: Sequence[Found], output: str | None
+    rows: Sequence[dict[str, Any]],
+    answers: Sequence[str],
+    found: Sequence[Sequence[Found]],
+    sources: Sequence[Sequence[tuple[Found, Seen]]],
+    output: str | None,
 ) -> None:
-    """The rows with "answer" and "context_ids", to a file or standard output."""
-    if without := sum(not states for _, states in found):
+    """The rows with "answer", "context_ids" and "sources", to a file or standard output.
+
+    A line whose question found nothing begins with "nothing_found".
+    """
+    if without := sum(not one for one in found):
         print(f"dssk: no context found for {without} of {len(rows)} questions", file=sys.stderr)
     lines = "".join(
-        _as_line({**row, "answer": answer, "context_ids": ids})
-        for row, answer, (ids, _) in zip(rows, answers, found, strict=True)
+        _as_line(
+            {
+                **({} if one else {"nothing_found": True}),
+                **row,
+                "answer": answer,
+                "context_ids": [context.id for context in one if context.in_library],
+                "sources": [_source(*pair) for pair in read],
+            }
+        )
+        for row, answer, one, read in zip(rows, answers, found, sources, strict=True)
     )
     if output is None:
         sys.stdout.write(lines)
@@ -208,6 +292,21 @@ def write_answers(
     with machine_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     publish_text(path, lines)
+
+
+def _source(context: Found, part: Seen) -> dict[str, Any]:
+    """A context of an answer, as it is written: it stands from `start` to `end` in its document, the span in it."""
+    return {
+        "id": context.id,
+        "title": context.title,
+        "document": context.document,
+        "start": context.start,
+        "end": context.end,
+        "share": part.share,
+        "span": context.text[part.start : part.end],
+        "span_start": part.start,
+        "span_end": part.end,
+    }
 
 
 def _as_line(row: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dssk.errors import DsskError
-from dssk.evaluation.attention import attend, context_texts
-from dssk.inference.encoding import Encoder
-from dssk.inference.generation import context_batch, generate_batch
+from dssk.inference.answering import encode_passages
+from dssk.inference.attending import Seen, attend, context_texts, seen_in
+from dssk.inference.generation import contexts_together, generate_batch
 from dssk.inference.loading import FusedModel, device, load_model
+from dssk.inference.passages import Passage
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.timing import Clock, wait_for
 from dssk.inference.tokenizer import tokenize_context, tokenize_question_after_context
@@ -42,11 +43,16 @@ class Encoded:
     """A context that was read, and what that took."""
 
     text: str
-    pieces: list[str]  # what was encoded of it, cut at its tokens
-    states: torch.Tensor  # (S, d)
+    passages: list[Passage]  # one, or those of a text that is longer than the model's window
+    pieces: list[str]  # of the passages, one behind the other, cut at their tokens
+    states: list[torch.Tensor]  # of each passage, (S, d)
     projected: Context
-    tokens: int  # of the whole text; more than S if it was cut
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """That were encoded."""
+        return sum(map(len, self.states))
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Answered:
     weights: list[
         float
     ]  # a context token's share of the attention, 0 to 1: the mean over heads and answer tokens
+    seen: list[Seen]  # of each passage
     first_token_seconds: float
     seconds: float
     prompted_seconds: tuple[float, float] | None  # the same two of the base with the context in its prompt
@@ -73,13 +80,14 @@ class Reader:
         """Read a context, once for all questions. Raises `DsskError` for none, and for one that takes too long."""
         text = _bounded(text, "text", MAX_TEXT_CHARACTERS)
         start = time.perf_counter()
-        (states,) = Encoder(self.model, self.tokenizer).encode([text])
+        (encoded,) = encode_passages(self.model, self.tokenizer, [text])
+        states, passages = [states for states, _ in encoded], [passage for _, passage in encoded]
         with torch.no_grad():
-            projected = context_batch(self.model, [states])["context"]
+            projected = contexts_together(self.model, [states])["context"]
         wait_for(self.model.device)
         seconds = time.perf_counter() - start
-        pieces = context_texts(self.tokenizer, text)
-        return Encoded(text, pieces[: len(states)], states, projected, len(pieces), seconds)
+        pieces = [piece for passage in passages for piece in context_texts(self.tokenizer, passage.text)]
+        return Encoded(text, passages, pieces, states, projected, seconds)
 
     def answer(self, question: str, context: Encoded) -> Answered:
         """Answer from a context, and prompt the base with the same to compare the time."""
@@ -87,15 +95,20 @@ class Reader:
         clock = Clock(self.model.device)
         text = self.model.answer(question, context.projected, self.tokenizer, streamer=clock)
         times = clock.first_token, clock.last_token
-        weights = [0.0] * len(context.pieces)
+        weights, parts = [0.0] * len(context.pieces), []
         if text:
             attention = attend(self.model, self.tokenizer, question, text, context.states)
             weights = attention.of_answer().mean((0, 1)).tolist()
-        return Answered(text, weights, *times, self._prompted(question, context, clock.num_tokens))
+            read = [
+                (passage.text, states)
+                for passage, states in zip(context.passages, context.states, strict=True)
+            ]
+            parts = seen_in(self.tokenizer, attention, read)
+        return Answered(text, weights, parts, *times, self._prompted(question, context, clock.num_tokens))
 
     def _prompted(self, question: str, context: Encoded, new_tokens: int) -> tuple[float, float] | None:
         """Seconds to the first and to the last of as many tokens of the base; None if the text does not fit into it."""
-        tokens = tokenize_context(self.tokenizer, context.text)[: len(context.states)]
+        tokens = tokenize_context(self.tokenizer, context.text)
         tokens += tokenize_question_after_context(self.tokenizer, question)
         if len(tokens) + new_tokens > window(self.model.config):
             return None
@@ -193,10 +206,8 @@ def import_gradio() -> Any:
 
 def describe(context: Encoded, model: FusedModel) -> str:
     """One line: what was read, how long it took, and what keeping it takes."""
-    config, tokens = model.config, len(context.states)
-    read = (
-        f"{tokens} tokens" if tokens == context.tokens else f"the first {tokens} of {context.tokens} tokens"
-    )
+    config, tokens, passages = model.config, context.tokens, len(context.passages)
+    read = f"{tokens} tokens" if passages == 1 else f"{tokens} tokens in {passages} passages"
     kept = tokens * encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
     cache = tokens * kv_cache_values(config) * torch.bfloat16.itemsize
     times = (
@@ -230,7 +241,21 @@ def highlight(context: Encoded, answered: Answered) -> str:
         f'<span title="{weight:.1%}" style="{style.format(weight / most)}">{html.escape(piece)}</span>'
         for piece, weight in zip(context.pieces, answered.weights, strict=True)
     )
-    return f'<p>What the answer attended to:</p><p style="white-space: pre-wrap; line-height: 1.8">{"".join(spans)}</p>'
+    shares = "".join(f"<li>{html.escape(line)}</li>" for line in sources(context, answered))
+    text = f'<p style="white-space: pre-wrap; line-height: 1.8">{"".join(spans)}</p>'
+    return f"<p>What the answer attended to:</p><ol>{shares}</ol>{text}"
+
+
+def sources(context: Encoded, answered: Answered) -> list[str]:
+    """A line for each passage of a text that was divided, the most attended to first."""
+    if len(context.passages) == 1:
+        return []
+    read = sorted(zip(context.passages, answered.seen, strict=False), key=lambda pair: -pair[1].share)
+    return [
+        f"{part.share:.1%} characters {passage.start} to {passage.end}, most: "
+        f"{' '.join(passage.text[part.start : part.end].split())}"
+        for passage, part in read
+    ]
 
 
 def launch(page: Any, host: str, port: int, block: bool = True) -> str:

@@ -1,12 +1,10 @@
-"""What the blocks attended to: weights from the tokens of an answer to the tokens of its context.
+"""Whether the blocks attended to the answer: one head, measured on many questions.
 
-The answer, as a rule the model's own, is read teacher-forced: the weights at the position that predicts an answer's
-token are those that token was chosen by. Shapes: N blocks, H heads, A answer tokens, S context tokens.
+Shapes: N blocks, H heads, S context tokens.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,86 +17,13 @@ from dssk import prompts
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
 from dssk.evaluation.scores import interval
+from dssk.inference.attending import attend, borders
 from dssk.inference.encoding import Encoder
 from dssk.inference.loading import FusedModel
-from dssk.inference.tokenizer import leading_ids, tokenize_answer, tokenize_question
+from dssk.inference.tokenizer import leading_ids
 
 CHOOSING = 4  # every so many questions choose the best head, the others measure it
 MAX_QUESTIONS = 500  # enough for an interval of 3 points
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention of every head of every block while one answer was given."""
-
-    weights: torch.Tensor  # (N, H, A, S) float32 on the CPU; each row over S sums to one
-    layers: list[int]  # decoder layer of each block, lowest first
-    answer_tokens: list[str]  # A texts
-
-    def of_answer(self) -> torch.Tensor:
-        """(N, H, S): the mean over the answer's tokens."""
-        return self.weights.mean(2)
-
-    def most_attended(self) -> torch.Tensor:
-        """(N, H): for each head the context token it attended to most over the whole answer."""
-        return self.of_answer().argmax(-1)
-
-
-@torch.no_grad()
-def attend(
-    model: FusedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    answer: str,
-    states: torch.Tensor,
-) -> Attention:
-    """What the heads attended to in `states` (S, d), one encoded context, for each token of `answer`.
-
-    With a merged reader these are the base's own heads, and the weights their shares among the context's tokens.
-
-    The model is left as it was, its attention implementation included. `context_texts` cuts the context's text into
-    the pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
-    """
-    prompt = tokenize_question(tokenizer, question)
-    *target, _ = tokenize_answer(tokenizer, answer)
-    if not target:
-        raise ValueError("an answer without tokens attends to nothing")
-    with _eager(model):
-        outputs = model(
-            torch.tensor([prompt + target[:-1]], device=model.device),
-            encoder_hidden_states=states[None].to(model.device),
-            output_attentions=True,
-            logits_to_keep=1,
-        )
-    merged = model.config.reader == "merged"
-    found = outputs.attentions if merged else outputs.cross_attentions
-    # The first token is predicted at the prompt's last position. Merged, the context stands before the text.
-    weights = torch.stack([layer[0, :, len(prompt) - 1 :, : len(states)].float() for layer in found])
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12) if merged else weights
-    layers = model.config.reading_layers
-    return Attention(weights.cpu(), layers, _pieces(tokenizer, prompts.answer(answer)))
-
-
-@contextmanager
-def _eager(model: FusedModel) -> Iterator[None]:
-    """Eager attention is the only one that returns its weights."""
-    before, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        model.train(training)
-
-
-def context_texts(tokenizer: PreTrainedTokenizerBase, context: str) -> list[str]:
-    """The text of a context as it is encoded, cut into a piece for each of its tokens; joined they are that text.
-
-    A character of several tokens stands with the last of them, the others are empty. So are special tokens.
-    """
-    leading = [""] * len(leading_ids(tokenizer))
-    return leading + _pieces(tokenizer, prompts.context(context))
 
 
 def answer_mask(tokenizer: PreTrainedTokenizerBase, context: str, answers: Sequence[str]) -> torch.Tensor:
@@ -110,20 +35,9 @@ def answer_mask(tokenizer: PreTrainedTokenizerBase, context: str, answers: Seque
     spans = [span for answer in answers for span in find_words(text, answer)]
     inside = [
         any((start < e and end > s) or (end == s and text[start:end].isspace()) for s, e in spans)
-        for start, end in _borders(tokenizer, text)
+        for start, end in borders(tokenizer, text)
     ]
     return torch.tensor([False] * len(leading_ids(tokenizer)) + inside, dtype=torch.bool)
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    return [text[start:end] for start, end in _borders(tokenizer, text)]
-
-
-def _borders(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """Where the piece of each token starts and ends, without gaps."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    starts = np.maximum.accumulate([0, *(start for start, _ in offsets[1:]), len(text)]).tolist()
-    return list(zip(starts, starts[1:], strict=False))[: len(offsets)]
 
 
 def find_words(text: str, words: str) -> list[tuple[int, int]]:

@@ -14,8 +14,10 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from dssk.data.distractors import Source
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
+from dssk.evaluation import by_number
 from dssk.evaluation.predictions import Answers, answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import (
     QuestionSet,
@@ -26,7 +28,7 @@ from dssk.evaluation.questions import (
 )
 from dssk.evaluation.scores import score, table
 from dssk.inference.fingerprint import file_fingerprint
-from dssk.inference.generation import context_batch, generate_batch, nll_batch
+from dssk.inference.generation import context_batch, contexts_together, generate_batch, nll_batch
 from dssk.inference.loading import FusedModel, device, find_model, load_model
 from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize_question
 from dssk.run_folder import PREDICTIONS, SCORES, model_step
@@ -43,6 +45,7 @@ class Trial(NamedTuple):
     question: int  # whose question is asked; always scored against the row's own answers
     context: int | None  # whose context is attended to
     shuffled: bool = False  # the context's states in random order
+    several: tuple[int, ...] = ()  # contexts that are attended to instead, by their numbers in the pool
 
 
 class CrossAttentionSystem:
@@ -55,12 +58,16 @@ class CrossAttentionSystem:
         questions: QuestionSet,
         controls: Sequence[str] = CONTROLS,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        mix: dict[Source, float] | None = None,
     ):
+        """`mix` is where the distractors come from of controls by number (`by_number.names`)."""
         self.model = model
         self.tokenizer = tokenizer
         self.questions = questions
         self.max_new_tokens = max_new_tokens
-        self.trials = {control: trials(control, questions) for control in controls}
+        self.trials: dict[str, Sequence[Trial | None]] = {
+            control: trials(control, questions, mix) for control in controls
+        }
 
     def __call__(self, rows: list[int]) -> list[Answers]:
         answers: list[Answers] = [{} for _ in rows]
@@ -84,6 +91,8 @@ class CrossAttentionSystem:
     @torch.no_grad()
     def _context(self, rows: Sequence[int], chosen: Sequence[Trial]) -> dict[str, Any]:
         """The model's arguments for each row's context, each projected once; none where the trials have no context."""
+        if chosen[0].several:
+            return self._several(chosen)
         if chosen[0].context is None:
             return {}
         asked = self.questions.rows
@@ -98,6 +107,14 @@ class CrossAttentionSystem:
         states = self._states([rows[i] for i in first], [chosen[i] for i in first])
         return {"context": context_batch(self.model, states)["context"].of_rows(which)}
 
+    def _several(self, chosen: Sequence[Trial]) -> dict[str, Any]:
+        """The same for contexts that are read together."""
+        pool, groups = self.questions.pool, [list(trial.several) for trial in chosen]
+        assert pool is not None
+        numbers = sorted({number for group in groups for number in group})
+        states = dict(zip(numbers, pool.states(self.model, numbers), strict=True))
+        return contexts_together(self.model, [[states[number] for number in group] for group in groups])
+
     def _states(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[torch.Tensor]:
         """The encoder states of each row's trial."""
         numbers = [trial.context for trial in chosen if trial.context is not None]
@@ -110,9 +127,16 @@ class CrossAttentionSystem:
         ]
 
 
-def trials(control: str, questions: QuestionSet) -> Sequence[Trial | None]:
+def trials(
+    control: str, questions: QuestionSet, mix: dict[Source, float] | None = None
+) -> Sequence[Trial | None]:
     """The trial of each row under a control; None where a row cannot be put to it."""
     rows = range(len(questions))
+    if mix and control not in CONTROLS:
+        read = by_number.drawn(control, questions, mix)
+        return [
+            None if several is None else Trial(row, None, several=several) for row, several in enumerate(read)
+        ]
     contexts = [row.context for row in questions.rows]
     if control == "with_context":
         return [Trial(row, row) for row in rows]
@@ -139,20 +163,34 @@ def evaluate(
     controls: Sequence[str] = CONTROLS,
     max_new_tokens: int = MAX_NEW_TOKENS,
     ranks: Ranks | None = None,
+    numbers: Sequence[int] = (),
+    mix: dict[Source, float] | None = None,
 ) -> dict[str, Any]:
     """Answer `questions` under the controls and score the answers; predictions go to `path`.
 
-    Returns the content of scores.json (see `scores.score`). `settings` tell one checkpoint from another.
+    Returns the content of scores.json (see `scores.score`). `settings` tell one checkpoint from another. `numbers` of
+    contexts, drawn by `mix`, are controls on top.
     """
-    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens)
-    settings = {**settings, "controls": list(controls), "max_new_tokens": max_new_tokens}
+    controls = [*controls, *by_number.names(numbers)]
+    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens, mix)
+    settings = {**settings, "controls": controls, "max_new_tokens": max_new_tokens}
+    if numbers:
+        settings["distractors"] = mix
     settings["template_version"] = template_version(tokenizer)
     ranks = ranks or Ranks(0, 1, 0)
     predictions = answer_all(questions, system, path, settings, batch_size, ranks)
     if ranks.rank == 0:
         for line in left_out(system.trials):
             print(f"dssk: {line}", file=sys.stderr)
-    return score(predictions, controls)
+    scores = score(predictions, controls)
+    for number in numbers:
+        for name in by_number.names([number]):
+            if name in scores and ranks.rank == 0:
+                several = [trial.several if trial else None for trial in system.trials[name]]
+                scores[name] |= by_number.cost(model, tokenizer, questions, several)
+        if f"{by_number.WITH}{number}" in scores:
+            scores[f"{by_number.WITH}{number}"] |= by_number.beats(predictions, number)
+    return scores
 
 
 def left_out(trials: dict[str, Sequence[Trial | None]]) -> list[str]:
@@ -163,7 +201,8 @@ def left_out(trials: dict[str, Sequence[Trial | None]]) -> list[str]:
     }
     counts = {control: sum(trial is None for trial in of_rows) for control, of_rows in trials.items()}
     return [
-        f"{control} leaves out {count} of {len(trials[control])} questions: {why[control]}"
+        f"{control} leaves out {count} of {len(trials[control])} questions: "
+        f"{why.get(control, 'there are not as many contexts')}"
         for control, count in counts.items()
         if count
     ]
@@ -205,12 +244,16 @@ def evaluate_checkpoint(
     max_new_tokens: int = MAX_NEW_TOKENS,
     output: str | None = None,
     makers: Mapping[str, Maker] | None = None,
+    num_contexts: str | None = None,
+    distractors: str = "random",
 ) -> None:
     """What `dssk evaluate` does, as one process or as a rank of torchrun's; the arguments are its flags.
 
     The questions are those of the store `data_path`, or of the raw data `dataset`, which may be a name of `makers`.
     """
     chosen = control_list(controls)
+    numbers = by_number.parse_numbers(num_contexts) if num_contexts else []
+    mix = by_number.parse_sources(distractors)
     if data_path:
         load_manifest(data_path)  # before the model: another folder is refused at once
     folder = find_model(checkpoint)
@@ -220,10 +263,22 @@ def evaluate_checkpoint(
         model, tokenizer = load_model(folder, device=device(ranks.local_rank))
         source = data_path or dataset or ""
         check_encodings(source, folder)
-        questions = load_questions(source, tokenizer, model.config, split, max_questions, makers)
+        questions = load_questions(
+            source, tokenizer, model.config, split, max_questions, makers, with_pool=bool(numbers)
+        )
         settings = {"checkpoint": checkpoint_fingerprint(folder)}
         scores = evaluate(
-            model, tokenizer, questions, predictions, settings, batch_size, chosen, max_new_tokens, ranks
+            model,
+            tokenizer,
+            questions,
+            predictions,
+            settings,
+            batch_size,
+            chosen,
+            max_new_tokens,
+            ranks,
+            numbers,
+            mix,
         )
         if (step := model_step(folder)) is not None:
             scores["step"] = step

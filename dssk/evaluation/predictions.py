@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from dssk.evaluation.by_number import golds
 from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
 from dssk.evaluation.questions import QuestionSet
 from dssk.evaluation.scores import Prediction
@@ -92,9 +93,9 @@ def _prediction(questions: QuestionSet, row: int, answers: Answers) -> Predictio
     scored = {
         control: {
             "prediction": text,
-            "em": exact_match(text, asked.answers),
-            "f1": round(f1(text, asked.answers), 4),
-            "rouge_l": round(rouge_l(text, asked.answers), 4),
+            "em": exact_match(text, golds(control, asked.answers)),
+            "f1": round(f1(text, golds(control, asked.answers)), 4),
+            "rouge_l": round(rouge_l(text, golds(control, asked.answers)), 4),
             "answer_nll": None if nll is None else round(nll, 4),
         }
         for control, (text, nll) in answers.items()

@@ -4,7 +4,7 @@ A raw set's contexts are encoded as they are asked for, in batches, and rounded 
 those that its store would give.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import xxhash
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dssk.data import schemas, sources
+from dssk.data.distractors import context_numbers, members_of
 from dssk.errors import DsskError
 from dssk.inference.encoding import Encoder
 from dssk.inference.loading import FusedModel, find_encode_layer, find_encoder
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.models.shapes import window
-from dssk.store.dataset import load_rows
+from dssk.store.dataset import load_contexts, load_rows
 from dssk.store.manifest import MANIFEST
 from dssk.store.opening import check_model, load_manifest
 
@@ -45,6 +46,7 @@ class QuestionSet:
     fingerprint: str  # what tells these rows and encodings from others
     bytes_per_context_token: int  # of a stored encoding
     table: datasets.Dataset | None = None  # rows of a store with encoder_hidden_states
+    pool: "ContextPool | None" = None  # where other contexts are drawn from, if they are
     context_ids: list[list[int]] | None = None  # of each row, where there is no store
 
     def __len__(self) -> int:
@@ -59,6 +61,17 @@ class QuestionSet:
         return Encoder(model).encode(texts, input_ids=[self.context_ids[i] for i in numbers])
 
 
+@dataclass(frozen=True)
+class ContextPool:
+    """All contexts of a split, those of questions that are not asked too, by number."""
+
+    titles: Sequence[str]  # of the document of each
+    text: Callable[[int], str]
+    states: Callable[[FusedModel, Sequence[int]], list[torch.Tensor]]  # of some of them, (S, d) each
+    members: Sequence[int]  # the numbers that belong to the split
+    of_row: Sequence[int]  # the number of the context of each question that is asked
+
+
 def load_questions(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,16 +79,18 @@ def load_questions(
     split: str | None = None,
     limit: int | None = None,
     makers: Mapping[str, sources.Maker] | None = None,
+    with_pool: bool = False,
 ) -> QuestionSet:
     """The questions of a store, or of raw data that preprocessing could read (a file, a folder, a name on the Hub).
 
     `split` is `val` if not given; data that is not divided, or a store without rows there, is taken whole. At most
     `limit` rows are taken, spread evenly. `makers` make rows on the spot, by the name of their data set. Raises
-    `DsskError` for a split that is not there and for rows of no known schema.
+    `DsskError` for a split that is not there and for rows of no known schema. `with_pool` makes all contexts of the
+    split known.
     """
     if (Path(path) / MANIFEST).is_file():
-        return _from_store(path, tokenizer, config, split, limit)
-    return _from_source(path, tokenizer, config, split, limit, makers or {})
+        return _from_store(path, tokenizer, config, split, limit, with_pool)
+    return _from_source(path, tokenizer, config, split, limit, makers or {}, with_pool)
 
 
 def _from_store(
@@ -84,6 +99,7 @@ def _from_store(
     config: PreTrainedConfig,
     split: str | None,
     limit: int | None,
+    with_pool: bool,
 ) -> QuestionSet:
     tables = load_rows(path)
     split = split or ("val" if len(tables["val"]) else "train")
@@ -100,10 +116,40 @@ def _from_store(
         raise DsskError(f"{path} has no questions in its split {split}")
     fingerprint = _fingerprint(manifest.checksum, split, limit)
     if manifest.storage_dtype is None:
-        return _encoded_later(rows, tokenizer, config, fingerprint)
+        pool = _pool_of_texts(tables[split]["context"], [], rows, tokenizer) if with_pool else None
+        return _encoded_later(rows, tokenizer, config, fingerprint, pool)
+    pool = _pool_of_store(path, tables[split], table) if with_pool else None
     lengths = [len(table[i]["encoder_hidden_states"]) for i in range(len(table))]
     num_bytes = encoding_bytes(manifest.storage_dtype, manifest.hidden_size)
-    return QuestionSet(rows, lengths, fingerprint, num_bytes, table=table)
+    return QuestionSet(rows, lengths, fingerprint, num_bytes, table=table, pool=pool)
+
+
+def _pool_of_store(path: str, whole: datasets.Dataset, asked: datasets.Dataset) -> ContextPool:
+    contexts = load_contexts(path)
+    titles = contexts.column("title")
+    return ContextPool(
+        titles,
+        contexts.text,
+        lambda model, numbers: [contexts.states(number) for number in numbers],
+        members_of(whole, titles),
+        context_numbers(asked).tolist(),
+    )
+
+
+def _pool_of_texts(
+    texts: Sequence[str], titles: Sequence[str], asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+) -> ContextPool:
+    """Of the texts of all rows, and the titles of their documents, if they are known; encoded when they are read."""
+    title_of = dict(zip(texts, titles or [""] * len(texts), strict=True))
+    distinct = list(title_of)
+    numbers = {text: number for number, text in enumerate(distinct)}
+    return ContextPool(
+        list(title_of.values()),
+        distinct.__getitem__,
+        lambda model, chosen: Encoder(model, tokenizer).encode([distinct[number] for number in chosen]),
+        range(len(distinct)),
+        [numbers[row.context] for row in asked],
+    )
 
 
 def _from_source(
@@ -113,13 +159,14 @@ def _from_source(
     split: str | None,
     limit: int | None,
     makers: Mapping[str, sources.Maker],
+    with_pool: bool,
 ) -> QuestionSet:
     source = sources.Source(path, makers=makers)
     found = source.open()
     name = split or ("val" if "val" in found else "all")
     if name not in found:
         raise DsskError(f"{path} has no split {name}, it has {', '.join(sorted(found))}")
-    rows = []
+    rows, titles = [], []
     for raw in found[name]:
         try:
             qa = schemas.to_qa(raw)
@@ -128,10 +175,13 @@ def _from_source(
         except schemas.BadRow as error:
             raise DsskError(f"{raw.place}: {error}: mend or remove that row") from error
         rows.append(Question(qa.id, qa.question, qa.context, qa.answers))
+        titles.append(qa.document)
     if not rows:
         raise DsskError(f"{path} has no usable row: want rows of context, question and answer")
     fingerprint = _fingerprint(source.describe(), name, limit)
-    return _encoded_later([rows[i] for i in spread(len(rows), limit)], tokenizer, config, fingerprint)
+    asked = [rows[i] for i in spread(len(rows), limit)]
+    pool = _pool_of_texts([row.context for row in rows], titles, asked, tokenizer) if with_pool else None
+    return _encoded_later(asked, tokenizer, config, fingerprint, pool)
 
 
 def _encoded_later(
@@ -139,11 +189,13 @@ def _encoded_later(
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
     fingerprint: str,
+    pool: ContextPool | None,
 ) -> QuestionSet:
     longest = window(config)
     ids = [tokens[:longest] for tokens in tokenize_contexts(tokenizer, [row.context for row in rows])]
     num_bytes = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
-    return QuestionSet(rows, [len(tokens) for tokens in ids], fingerprint, num_bytes, context_ids=ids)
+    lengths = [len(tokens) for tokens in ids]
+    return QuestionSet(rows, lengths, fingerprint, num_bytes, pool=pool, context_ids=ids)
 
 
 def _fingerprint(*facts: object) -> str:

@@ -56,6 +56,11 @@ def interval(values: Sequence[float], groups: Sequence[int]) -> tuple[float, flo
     return round(float(low), 4), round(float(high), 4)
 
 
+def with_interval(name: str, values: Sequence[float], predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The mean of `values`, one for each prediction, under a name, and its 95 % interval."""
+    return _with_interval(name, values, _groups(predictions))
+
+
 def _with_interval(name: str, values: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
     low, high = interval(values, groups)
     return {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
@@ -119,4 +124,15 @@ def table(scores: dict[str, Any]) -> str:
     if "right_beats_wrong" in scores:
         share, low, high = (scores[f"right_beats_wrong{end}"] for end in ("", "_low", "_high"))
         lines.append(f"gold answer likelier with its own context: {share:.1%} ({low:.1%}..{high:.1%})")
+    for control, row in scores.items():
+        if isinstance(row, dict) and "first_token_s" in row:
+            beats = (
+                f", gold answer likelier so {row['right_beats_wrong']:.1%}"
+                if "right_beats_wrong" in row
+                else ""
+            )
+            lines.append(
+                f"{control}: first token {row['first_token_s']:.3f} s, then {row['tokens_per_s']:.1f} tokens a second, "
+                f"{row['bytes']:,} bytes kept{beats}"
+            )
     return "\n".join(lines)

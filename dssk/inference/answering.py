@@ -5,16 +5,18 @@ together from one projection of it.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dssk.errors import DsskError
+from dssk.inference.attending import seen
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Encoder
 from dssk.inference.generation import Tokens, contexts_together, generate_batch
+from dssk.inference.passages import Passage, Splitter
 from dssk.inference.tokenizer import load_tokenizer, tokenize_question
 from dssk.models.modeling import CONTEXT_ARGUMENTS
 from dssk.models.modeling import Context as Projected
@@ -33,6 +35,8 @@ class Answers:
         questions: str | Sequence[str],
         contexts: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        return_sources: bool = False,
+        truncate: bool = False,
         **generate: Any,
     ) -> Any:
         """Answer one question with a text, or several with a list of texts.
@@ -43,13 +47,43 @@ class Answers:
                 question, or one text, states or projected context for all. `None` asks the base.
             tokenizer: with the padding token set, as `dssk.inference.tokenizer.load_tokenizer` does. If not given
                 it is loaded on each call from where the model was loaded from.
+            return_sources: give each answer as an `Answered`, with the sources that it attended to, most first.
+            truncate: cut a text that is longer than the model's window off, instead of reading it as passages.
             generate: `batch_size` (32 questions), `show_progress`; the rest goes to `generate`. By default that is
                 greedy and ends after 32 tokens.
 
-        A text is encoded once, however many questions it is given with, cut to the model's window and rounded as a
-        store keeps it. An answer is the first line that is generated: what evaluation scores.
+        A text is encoded once, however many questions it is given with, and rounded as a store keeps it. One that is
+        longer than the model's window is read as several passages. An answer is the first line that is generated: what
+        evaluation scores.
         """
-        return answer(self, questions, contexts, tokenizer, **generate)
+        how = {"return_sources": return_sources, "truncate": truncate}
+        return answer(self, questions, contexts, tokenizer, **how, **generate)
+
+
+class Source(NamedTuple):
+    """What an answer read: a context, or a passage of a longer one. Places are characters of the context's text."""
+
+    context: int  # which of the question's contexts
+    start: int  # of the passage
+    end: int
+    share: float  # of the attention that went to all contexts, 0 to 1
+    span: tuple[int, int]  # what was most attended to in it
+    text: str  # the span's text; empty where states were given, whose text is not known
+
+
+class Answered(NamedTuple):
+    """An answer, and what it read; nothing if it was given no context."""
+
+    answer: str
+    sources: list[Source]
+
+
+class Read(NamedTuple):
+    """A context as it is read: its states, and the passage of the text that they are of, if it is known."""
+
+    context: int
+    states: torch.Tensor
+    passage: Passage
 
 
 def answer(
@@ -59,18 +93,24 @@ def answer(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = BATCH_SIZE,
     show_progress: bool = False,
+    return_sources: bool = False,
+    truncate: bool = False,
     **generate: Any,
-) -> str | list[str]:
+) -> Any:
     """What `Answers.answer` says."""
+    how = {"return_sources": return_sources, "truncate": truncate}
     if isinstance(questions, str):
         one = contexts if isinstance(contexts, Projected) else [contexts]
-        return answer(model, [questions], one, tokenizer, batch_size, show_progress, **generate)[0]
+        return answer(model, [questions], one, tokenizer, batch_size, show_progress, **how, **generate)[0]
     _check(questions, generate)
+    if return_sources and isinstance(contexts, Projected):
+        raise ValueError("sources of a projected context are not known: give its text or its states")
     tokenizer = tokenizer or load_tokenizer(model.name_or_path)
     max_new_tokens = generate.pop("max_new_tokens", MAX_NEW_TOKENS)
     prompted = _tokenize(model, tokenizer, questions, max_new_tokens)
     projected = contexts if isinstance(contexts, Projected) else None
-    states, groups = _states(model, tokenizer, None if projected else contexts, len(questions))
+    read, groups = _reads(model, tokenizer, None if projected else contexts, len(questions), truncate)
+    states = [[context.states for context in several] for several in read]
     answers = [""] * len(questions)
     bar = tqdm(
         total=len(questions), desc="answering", unit="question", disable=None if show_progress else True
@@ -84,7 +124,24 @@ def answer(
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
             bar.update(len(rows))
-    return answers
+    if not return_sources:
+        return answers
+    return [
+        Answered(text, _sources(model, tokenizer, question, text, several))
+        for question, text, several in zip(questions, answers, read, strict=True)
+    ]
+
+
+def _sources(
+    model: Any, tokenizer: PreTrainedTokenizerBase, question: str, text: str, several: list[Read]
+) -> list[Source]:
+    contexts = [(read.passage.text, read.states) for read in several]
+    found = []
+    for read, part in zip(several, seen(model, tokenizer, question, text, contexts), strict=False):
+        whole, start, end = read.passage
+        span = (start + part.start, start + part.end)
+        found.append(Source(read.context, start, end, part.share, span, whole[part.start : part.end]))
+    return sorted(found, key=lambda source: -source.share)
 
 
 def _check(questions: Sequence[str], generate: dict[str, Any]) -> None:
@@ -110,22 +167,50 @@ def _tokenize(
     return tokens
 
 
-def _states(
-    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Any, count: int
-) -> tuple[list[States], list[int]]:
-    """The encoder states of each question's contexts, and a number that those with the same contexts share.
+def _reads(
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Any, count: int, truncate: bool
+) -> tuple[list[list[Read]], list[int]]:
+    """What each question reads, and a number that those with the same contexts share.
 
     Each distinct text is encoded once.
     """
     per_question = _per_question(contexts, count, model.config.hidden_size * len(model.config.encode_layers))
     texts = list(dict.fromkeys(c for several in per_question for c in several if isinstance(c, str)))
-    encoded = dict(zip(texts, Encoder(model, tokenizer).encode(texts), strict=True))
+    encoded = encode_passages(model, tokenizer, texts, truncate)
     numbers: dict[tuple, int] = {}
     groups = [
         numbers.setdefault(tuple(c if isinstance(c, str) else id(c) for c in several), len(numbers))
         for several in per_question
     ]
-    return [[encoded[c] if isinstance(c, str) else c for c in several] for several in per_question], groups
+    of_text = dict(zip(texts, encoded, strict=True))
+    reads = [
+        [
+            Read(number, states, passage)
+            for number, context in enumerate(several)
+            for states, passage in (
+                of_text[context] if isinstance(context, str) else [(context, Passage("", 0, 0))]
+            )
+        ]
+        for several in per_question
+    ]
+    return reads, groups
+
+
+def encode_passages(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    truncate: bool = False,
+    splitter: Splitter | None = None,
+) -> list[list[tuple[torch.Tensor, Passage]]]:
+    """The passages of each text with their states; by default as long as the model's window.
+
+    With `truncate` each text is one passage, of which the model's window is read.
+    """
+    splitter = splitter or Splitter(window(model.config))
+    cut = [[Passage(text, 0, len(text))] if truncate else splitter.split(tokenizer, text) for text in texts]
+    states = iter(Encoder(model, tokenizer).encode([passage.text for several in cut for passage in several]))
+    return [[(next(states), passage) for passage in several] for several in cut]
 
 
 def _per_question(contexts: Any, count: int, hidden_size: int) -> list[list[Context]]:

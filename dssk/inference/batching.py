@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dssk.models.packing import groups_of
+
 IGNORED = -100  # label of a position that is not learned or scored, as in all of transformers
 
 
@@ -52,3 +54,14 @@ def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     for row, context in zip(padded, states, strict=True):
         row[: len(context)] = context
     return padded, length_mask(lengths).to(padded.device)
+
+
+def pack_states(
+    states: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor]:
+    """What `project_context` takes of encodings (S_i, d), of which rows read several, each there once, without padding.
+
+    That is the states (1, N, d), no mask, their lengths, and `groups` as a tensor: the numbers of each row's contexts.
+    """
+    lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+    return torch.cat(list(states))[None], None, lengths, groups_of(groups).to(lengths.device)

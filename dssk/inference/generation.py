@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
+from dssk.inference.batching import IGNORED, length_mask, pack_states, pad_states, pad_tokens
 from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
 from dssk.utils.defaults import MAX_NEW_TOKENS
 
@@ -89,11 +89,15 @@ def context_batch(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> dic
 
 
 def contexts_together(model: PreTrainedModel, states: Sequence[Sequence[torch.Tensor]]) -> dict[str, Any]:
-    """The same for several contexts a row, which are attended to together and in no order."""
-    if model.config.reader == "merged":  # positions of each context begin at 0
-        projected = context_batch(model, [s for several in states for s in several])["context"]
-        return {"context": projected.grouped([len(several) for several in states])}
-    return context_batch(model, [torch.cat([s.to(model.device) for s in several]) for several in states])
+    """The same for several contexts a row, which are attended to together and in no order.
+
+    States that stand there more than once, as the same tensor, are projected once.
+    """
+    numbers: dict[int, int] = {}
+    groups = [[numbers.setdefault(id(s), len(numbers)) for s in several] for several in states]
+    distinct = {id(s): s for several in states for s in several}
+    packed = pack_states([s.to(model.device) for s in distinct.values()], groups)
+    return {"context": model.project_context(*packed)}
 
 
 def check_context(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dssk.models.configuration import BASE, activation, norm_eps
 from dssk.models.merged import normalized
+from dssk.models.packing import picked_tokens
 
 
 class CrossAttnLinear(nn.Linear):
@@ -55,6 +56,11 @@ class ProjectedContext:
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
         return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    def gathered(self, tokens: torch.Tensor, mask: torch.Tensor) -> "ProjectedContext":
+        """Of one long context what each row reads: the tokens (B, L) that it names, if `mask` (B, L) is True there."""
+        keys = tuple(picked_tokens(tensor, tokens) for tensor in self.keys)
+        return ProjectedContext(keys, tuple(picked_tokens(tensor, tokens) for tensor in self.values), mask)
 
 
 class CrossAttention(nn.Module):

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from dssk.models.layers import CallVariable, Mixed, extend, find_layers
+from dssk.models.packing import picked_tokens
 
 # The modules that make keys and values from an attention's input, whatever attention they sit in. Where one makes the
 # queries as well, only the rows that keys and values come from are mapped.
@@ -147,30 +148,14 @@ class MergedContext:
         """Bytes held by keys and values."""
         return sum(tensor.nbytes for tensor in self.keys + self.values)
 
-    def grouped(self, counts: list[int]) -> "MergedContext":
-        """Contexts that are read together: the first `counts[0]` by the first question, and so on.
+    def gathered(self, tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> "MergedContext":
+        """Of one long context what each row reads: its tokens (B, L) by number, but for those that `mask` (B, L) hides.
 
-        Each keeps its own positions from 0; the text goes on after the longest.
+        A text goes on at position `lengths` (B,): each of several contexts keeps its own positions from 0.
         """
-        if sum(counts) != len(self) or min(counts, default=0) < 1:
-            raise ValueError(f"{len(self)} contexts cannot be divided into groups of {counts}")
-        width = max(counts)
-        where = self.mask.new_zeros(len(counts), width, dtype=torch.long)  # padding repeats context 0, unseen
-        there = torch.zeros_like(where, dtype=torch.bool)
-        first = 0
-        for row, count in enumerate(counts):
-            where[row, width - count :] = torch.arange(first, first + count)
-            there[row, width - count :] = True
-            first += count
-
-        def joined(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[where].transpose(1, 2).flatten(2, 3)  # (groups, K, width x S, D)
-
+        keys = tuple(picked_tokens(tensor, tokens) for tensor in self.keys)
         return MergedContext(
-            tuple(map(joined, self.keys)),
-            tuple(map(joined, self.values)),
-            (self.mask[where] & there[..., None]).flatten(1),
-            (self.lengths[where] * there).amax(1),
+            keys, tuple(picked_tokens(tensor, tokens) for tensor in self.values), mask, lengths
         )
 
     def cache(self, config: Any, rows: int | None = None) -> DynamicCache:
@@ -256,10 +241,12 @@ class MergedReader(nn.Module):
         states: torch.Tensor,
         mask: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> MergedContext:
         """What a decoder reads of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
 
         Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but are not attended.
+        With `positions` (C, S) all tokens are visible and stand where these say.
         """
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
@@ -268,7 +255,8 @@ class MergedReader(nn.Module):
         visible = mask if hidden is None else mask & ~hidden
         ordered = states.gather(1, order[..., None].expand_as(states))
         count = states.shape[1]
-        positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
+        if positions is None:
+            positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
         kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions)
         keys, values = zip(*kept, strict=True)
         return MergedContext(keys, values, visible.gather(1, order), lengths)

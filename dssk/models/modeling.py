@@ -34,6 +34,7 @@ from dssk.models.decoder_lora import Adapter, place_adapters
 from dssk.models.layers import encode_states, extend, find_layers
 from dssk.models.loss import SoftTargets, next_token_loss, shifted
 from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
+from dssk.models.packing import Packing
 from dssk.models.reading import (
     Attentions,
     Reading,
@@ -52,6 +53,8 @@ CONTEXT_ARGUMENTS = (
     "context_input_ids",
     "context_attention_mask",
     "context",
+    "context_lengths",
+    "context_groups",
 )
 NO_SPLIT = ("CrossAttnBlock", "CrossAttention")  # called apart: a context is projected outside the layers
 Context = ProjectedContext | MergedContext  # what `project_context` gives, by the reader
@@ -137,18 +140,28 @@ class CrossAttnPreTrainedModel(_Base):
         return self
 
     def project_context(
-        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+        self,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        context_lengths: torch.Tensor | None = None,
+        context_groups: torch.Tensor | None = None,
     ) -> Context:
         """Project encoder states (C, S, d) to what is attended to, once for all tokens and questions.
 
         `encoder_attention_mask` (C, S), nonzero = attend. In training, `cross_attn_dropout_prob` of the tokens are
         hidden here, never all of a context's. States of several layers are (C, S, d x layers).
+
+        With `context_lengths` (C,) the states are (1, N, d): those of C contexts one behind the other. The rows of
+        `context_groups` (B, M) are then what B decoder rows read: each the contexts with these numbers, and no more
+        at -1. They are read together and in no order.
         """
         states = encoder_hidden_states
         if not isinstance(states, torch.Tensor) or states.ndim != 3:
             raise ValueError(
                 f"encoder_hidden_states are {_described(states)}, want (contexts, tokens, hidden size)"
             )
+        if context_lengths is not None:
+            return self._project_packed(states, Packing(context_lengths, context_groups))
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         if mask is not None and mask.shape != states.shape[:2]:
             raise ValueError(
@@ -165,6 +178,26 @@ class CrossAttnPreTrainedModel(_Base):
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(keys[0].device))
 
+    def _project_packed(self, states: torch.Tensor, packing: Packing) -> Context:
+        """The same for packed states (1, N, d)."""
+        if states.shape[:2] != (1, int(packing.lengths.sum())):
+            raise ValueError(
+                f"encoder_hidden_states are {_described(states)}, want (1, {int(packing.lengths.sum())}, hidden size) "
+                "as context_lengths say"
+            )
+        tokens, visible = packing.tokens_of_rows()
+        mask = visible
+        if self.training and self.config.cross_attn_dropout_prob > 0:
+            mask = hide_tokens(visible, self.config.cross_attn_dropout_prob)
+        if self.config.reader == "merged":
+            positions = packing.positions()[None]
+            whole = reading.during(
+                None, self.cross_attn_blocks[0], self.base_model, states, positions=positions
+            )
+            return whole.gathered(tokens, mask, packing.row_lengths().amax(1))
+        keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
+        return ProjectedContext(keys, values, None).gathered(tokens, mask)
+
     @torch.no_grad()
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -179,15 +212,19 @@ class CrossAttnPreTrainedModel(_Base):
 
     def _take_context(self, kwargs: dict[str, Any]) -> Context | None:
         """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
-        states, mask, ids, ids_mask, context = (kwargs.pop(name, None) for name in CONTEXT_ARGUMENTS)
+        states, mask, ids, ids_mask, context, lengths, groups = (
+            kwargs.pop(name, None) for name in CONTEXT_ARGUMENTS
+        )
         given = {"encoder_hidden_states": states, "context_input_ids": ids, "context": context}
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise ValueError(f"got {' and '.join(names)}, want one of them")
         if ids is not None:
             states, mask = self.encode(ids, ids_mask)
+            if groups is not None:
+                states, lengths = states[mask][None], mask.sum(-1)
         if states is not None:
-            return self.project_context(states, mask)
+            return self.project_context(states, mask, lengths, groups)
         if context is not None:
             wanted = MergedContext if self.config.reader == "merged" else ProjectedContext
             if not isinstance(context, wanted):
@@ -325,6 +362,7 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
             encoder_attention_mask: (C, S), nonzero = attend.
             context_input_ids: (C, S) tokens, encoded here; `context_attention_mask` is theirs.
             context: a context that was projected ahead of time.
+            context_lengths, context_groups: of packed contexts, of which each row reads some (`project_context`).
             labels: (B, T), -100 = ignored. They are shifted here, as in all of transformers; `shift_labels` (B, T)
                 are what each position is to predict already.
             num_items_in_batch: divisor of the summed loss; the labels of this batch if not given.

@@ -74,6 +74,8 @@ class Contents:
             drawn["lengths"] = figures.by_length(lengths)  # type: ignore[arg-type]
         if controls and all(classes.values()):
             drawn["classes"] = figures.by_class(classes)  # type: ignore[arg-type]
+        if self.files.numbers:
+            drawn["numbers"] = figures.by_number(self.files.numbers)
         for number, rows in enumerate(self.systems().values(), 1):
             drawn[f"systems-{number}"] = figures.bars([{"name": row["system"], **row} for row in rows])
         return {name: figure for name, figure in drawn.items() if figure is not None}

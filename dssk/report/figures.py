@@ -149,6 +149,37 @@ def by_length(controls: dict[str, Sequence[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def by_number(rows: Sequence[dict[str, Any]]) -> Figure:
+    """EM, and below it seconds to the first token, by the number of contexts, the right one among them or missing.
+
+    Rows as `evaluation.by_number.rows` gives them.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.5 * HEIGHT), layout="constrained")
+        scores, seconds = figure.subplots(2, sharex=True)
+        for gold, colour, label in (
+            (True, BLUE, "the right one among them"),
+            (False, ORANGE, "the right one missing"),
+        ):
+            chosen = [row for row in rows if row["gold"] == gold]
+            numbers = [row["num_contexts"] for row in chosen]
+            scores.plot(
+                numbers, [row["em"] for row in chosen], color=colour, marker="o", markersize=4, label=label
+            )
+            lows, highs = [row["em_low"] for row in chosen], [row["em_high"] for row in chosen]
+            scores.fill_between(numbers, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            timed = [row.get("first_token_s") for row in chosen]
+            if all(value is not None for value in timed):
+                seconds.plot(numbers, timed, color=colour, marker="o", markersize=4)
+        scores.set_ylabel("EM")
+        scores.set_ylim(0, share_limit(row.get(key) for row in rows for key in ("em", "em_high")))
+        scores.legend()
+        seconds.set_ylabel("seconds to the first token")
+        seconds.set_ylim(bottom=0)
+        seconds.set_xlabel("contexts that are read together")
+    return figure
+
+
 def by_class(controls: dict[str, dict[str, dict[str, Any]]]) -> Figure:
     """EM by class of answer, a group of bars for each class, a bar for each control."""
     with matplotlib.rc_context(STYLE):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dssk.errors import DamagedData, DsskError
+from dssk.evaluation import by_number
 from dssk.run_folder import find_run, read_experiment, read_metrics, read_predictions, read_rows, read_scores
 from dssk.utils.json_files import read_json
 
@@ -27,7 +28,18 @@ class RunFiles:
     @property
     def controls(self) -> dict[str, dict[str, Any]]:
         """The scores of each control, `with_context` and the others."""
-        return {name: row for name, row in self.scores.items() if isinstance(row, dict) and "em" in row}
+        return {
+            name: row
+            for name, row in self.scores.items()
+            if isinstance(row, dict)
+            and "em" in row
+            and not name.startswith((by_number.WITH, by_number.WITHOUT))
+        }
+
+    @property
+    def numbers(self) -> list[dict[str, Any]]:
+        """The scores by number of contexts, see `by_number.rows`."""
+        return by_number.rows(self.scores, self.data, 0)
 
 
 def read_run(path: str | Path, comparison: str | Path | None = None, data: str | None = None) -> RunFiles:

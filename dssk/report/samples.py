@@ -8,9 +8,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dssk.evaluation.attention import answer_mask, attend, context_texts
+from dssk.evaluation.attention import answer_mask
 from dssk.evaluation.metrics import exact_match
 from dssk.evaluation.questions import spread
+from dssk.inference.attending import attend, context_texts
 from dssk.inference.encoding import Encoder
 from dssk.inference.loading import FusedModel
 

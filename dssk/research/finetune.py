@@ -173,7 +173,9 @@ class PrefixTrainer(Trainer):
         contexts = np.array([numbers[example["context"]] for example in data])
         lengths = np.array([len(example["context"]) for example in data])
         settings = self.settings
-        return EpochSampler(len(data), settings.batch_size, settings.seed, lengths, contexts, together)
+        return EpochSampler(
+            len(data), settings.batch_size, settings.seed, lambda epoch: lengths, contexts, together
+        )
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if self.budget.limit is None:

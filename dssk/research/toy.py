@@ -268,7 +268,12 @@ def splits(max_examples: int | None, seed: int) -> dict[str, Iterator[dict]]:
     """Both splits, with at most so many rows each, which are made when they are read."""
     num_train = max_examples or TRAIN_ROWS
     sizes = {"train": num_train, "val": min(num_train, VAL_ROWS)}
-    return {split: (_row(split, index, seed) for index in range(size)) for split, size in sizes.items()}
+    return {split: _rows(split, size, seed) for split, size in sizes.items()}
+
+
+def _rows(split: str, count: int, seed: int) -> Iterator[dict]:
+    for index in range(count):
+        yield _row(split, index, seed)
 
 
 def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from datasets import DatasetDict, Features, List, Value
 
-from dssk.errors import DamagedData
+from dssk.errors import DamagedData, DsskError
 from dssk.store.manifest import (
     CONTEXTS,
     MANIFEST,
@@ -143,7 +143,7 @@ def load_rows(path: str | Path) -> DatasetDict:
     rows = {split: _questions(folder, manifest, split) for split in SPLITS}
     if manifest.storage_dtype is None:
         return DatasetDict({split: table.remove_columns("context_index") for split, table in rows.items()})
-    fetch = FetchStates(folder, manifest)
+    fetch = StoredContexts(folder, manifest)
     return DatasetDict(
         {
             split: table.rename_column("context_index", "encoder_hidden_states").with_transform(fetch)
@@ -174,18 +174,31 @@ def _questions(folder: Path, manifest: Manifest, split: str) -> datasets.Dataset
         return table
 
 
-class FetchStates:
-    """Replaces row numbers in the column `encoder_hidden_states` by the states themselves. Pickles as a path."""
+def load_contexts(path: str | Path) -> "StoredContexts":
+    """The contexts of a store by their row numbers, those without questions too."""
+    manifest = load_manifest(path)
+    if manifest.storage_dtype is None:
+        raise DsskError(f"{path} holds texts only: preprocess without --text_only")
+    return StoredContexts(path, manifest)
+
+
+class StoredContexts:
+    """The contexts of a store, by their row numbers. Pickles as a path.
+
+    As a transform of rows it replaces the numbers in the column `encoder_hidden_states` by the states themselves.
+    """
 
     def __init__(self, path: str | Path, manifest: Manifest):
         self.folder = Path(path).resolve()
         self.manifest = manifest
-        rows = (segment.rows for segment in manifest.segments)
-        self.first_rows = [0, *itertools.accumulate(rows)][:-1]
+        self.first_rows = [0, *itertools.accumulate(segment.rows for segment in manifest.segments)]
         self._open: dict[int, SegmentFile] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return self.first_rows[-1]
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if "encoder_hidden_states" in batch:
@@ -194,8 +207,26 @@ class FetchStates:
 
     def states(self, row: int) -> torch.Tensor:
         """The states of context number `row`: (n_tokens, hidden_size)."""
+        segment, place = self._find(row)
+        return segment.states(place)
+
+    def text(self, row: int) -> str:
+        """The text of context number `row`."""
+        segment, place = self._find(row)
+        return segment.value("context", place, "")
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column for all contexts, in order."""
+        return [
+            value for i in range(len(self.manifest.segments)) for value in self._segment(i).column(name, "")
+        ]
+
+    def _find(self, row: int) -> tuple[SegmentFile, int]:
         index = bisect.bisect_right(self.first_rows, row) - 1
+        return self._segment(index), row - self.first_rows[index]
+
+    def _segment(self, index: int) -> SegmentFile:
         if index not in self._open:
             segment = self.manifest.segments[index]
             self._open[index] = open_segment(self.folder, self.manifest, segment)
-        return self._open[index].states(row - self.first_rows[index])
+        return self._open[index]

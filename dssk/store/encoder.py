@@ -67,14 +67,14 @@ class TextEncoder:
     def __init__(self, encoding: Encoding, path: str, revision: str | None):
         check_model(encoding, path, revision, encoding.encode_layer)
         dtype = getattr(torch, encoding.model_dtype)
-        model, self._tokenizer = load(path, revision, dtype=dtype, device=device())
+        model, self.tokenizer = load(path, revision, dtype=dtype, device=device())
         self._longest = encoding.maximum_input_length
         storage_dtype = cast(StorageDtype, encoding.storage_dtype)
         layers = named_layers(encoding.encode_layer, model.config.num_hidden_layers)
-        self._encoder = Encoder(model, self._tokenizer, storage_dtype, self._longest, layers)
+        self._encoder = Encoder(model, self.tokenizer, storage_dtype, self._longest, layers)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return tokenize_contexts(self._tokenizer, list(texts))
+        return tokenize_contexts(self.tokenizer, list(texts))
 
     def encode(self, texts: Sequence[str], tokens: Sequence[list[int]]) -> Iterator[Encoded]:
         """Batches of about equal length, longest first."""

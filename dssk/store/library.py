@@ -2,9 +2,10 @@
 
     contexts/data-*.arrow    segments, named at random: a change writes new ones and then the manifest, so it is whole
                              or absent
-    search-*/                the index of their words, made anew by each change
+    search-*/                the index of the words of the segment of that name, made with it
 
-The store of a data set opens as a library that can only be read; one without an index is indexed in memory.
+Opening reads no context and no state. Texts that are longer than a passage may be are kept as passages. The store of a
+data set opens as a library that can only be read; one without indices is indexed in memory.
 """
 
 import contextlib
@@ -24,13 +25,15 @@ import xxhash
 
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import find_encode_layer, find_encoder
+from dssk.inference.passages import Splitter
 from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
 from dssk.store.manifest import CONTEXTS, MANIFEST, FileInfo, Manifest, Segment, lock
 from dssk.store.opening import check_model, is_store, load_manifest, repair, verified
-from dssk.store.search import WordIndex
+from dssk.store.search import WordIndex, search
 from dssk.store.segments import (
+    Origin,
     SegmentFile,
     context_features,
     encoded_record,
@@ -43,6 +46,7 @@ from dssk.utils.flags import nearest
 
 SEGMENT_BYTES = 256_000_000  # a full segment: removing a context writes its segment again
 SMALL_BYTES = 16_000_000  # a smaller one is joined with what is added next, so that there are never many
+BLOCK_CONTEXTS = 512  # encoded together
 SEARCH = "search-"
 
 # What a change of this library, or of one of version 0.1, may have left when it was killed.
@@ -58,6 +62,9 @@ class Context:
     id: str
     title: str
     text: str
+    document: str  # the id of the text that it is a passage of; empty for a whole text
+    start: int  # its first character there
+    end: int  # and the one after its last
     n_tokens: int
     truncated: bool  # the text is longer than maximum_input_length
     encoder_hidden_states: torch.Tensor  # (n_tokens, hidden_size), a view of the memory-mapped file
@@ -68,6 +75,15 @@ class Hit(NamedTuple):
 
     id: str
     score: float
+
+
+class Piece(NamedTuple):
+    """What is to be encoded: a text, or a passage of one."""
+
+    id: str
+    title: str
+    text: str
+    origin: Origin
 
 
 class Place(NamedTuple):
@@ -88,7 +104,7 @@ class ContextLibrary:
         model: begins a new library, which keeps its identity: a base model, a checkpoint, a fused model, or a run's
             folder; the base in it encodes. For a library that exists it may be left out; another one is refused.
         storage_dtype: how a new library keeps states; see `dssk.inference.rounding`.
-        maximum_input_length: tokens that contexts of a new library are cut to; the model's positions if not given.
+        maximum_input_length: most tokens of a context of a new library; the model's positions if not given.
 
     What another process changes is seen after the next `add` or `remove`, or by opening the library again. Every byte
     is checked when a library is opened: a file that was read before and is the same since is not read again. All
@@ -128,7 +144,7 @@ class ContextLibrary:
     # --- reading -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(segment.rows for segment in self.manifest.segments)
 
     def __contains__(self, id: object) -> bool:
         return id in self._places
@@ -140,10 +156,14 @@ class ContextLibrary:
     def get(self, id: str) -> Context:
         """The context of an id. Raises `DsskError` if there is none."""
         segment, row = self._find(id)
+        text = segment.value("context", row, "")
         return Context(
             id=id,
             title=segment.value("title", row, ""),
-            text=segment.value("context", row, ""),
+            text=text,
+            document=segment.value("document", row, ""),
+            start=segment.value("start", row, 0),
+            end=segment.value("end", row, len(text)),
             n_tokens=segment.value("n_tokens", row, 0),
             truncated=segment.value("truncated", row, False),
             encoder_hidden_states=segment.states(row),
@@ -152,25 +172,48 @@ class ContextLibrary:
     def search(self, question: str, k: int = 1) -> list[Hit]:
         """At most `k` contexts that share words with `question`, best first, by BM25 over titles and texts."""
         try:
-            index = self._index
+            indices = self._indices
         except DamagedData:
             if load_manifest(self.path) == self.manifest:
                 raise
             self._open()  # another process has changed the library
-            index = self._index
-        ids = list(self._places)
-        return [Hit(ids[row], score) for row, score in index.search(question, k)]
+            indices = self._indices
+        return [Hit(self._ids[row], score) for row, score in search(indices, question, k)]
 
     @cached_property
-    def _index(self) -> WordIndex:
-        infos = {name: info for name, info in self.manifest.files.items() if name.startswith(SEARCH)}
-        if not infos:
-            return WordIndex.of_texts(_texts(self._places.values()))
+    def _indices(self) -> list[WordIndex]:
+        """The indices of all contexts, in their order."""
+        kept = [self._index_files(segment) for segment in self.manifest.segments]
+        if not any(kept):
+            return [WordIndex.of_texts(_texts(self._places.values()))]
+        opened = zip(self.manifest.segments, self._segments, kept, strict=True)
+        return [self._index_of(*segment) for segment in opened]
+
+    def _index_of(self, segment: Segment, opened: SegmentFile, infos: dict[str, FileInfo]) -> WordIndex:
+        if not infos:  # there are no words in it
+            return WordIndex.of_texts(_texts(Place(opened, row) for row in range(segment.rows)))
         paths = [verified(self.path, name, info) for name, info in infos.items()]
         index = WordIndex.load(paths[0].parent)
-        if len(index) != len(self):
+        if len(index) != segment.rows:
             raise DamagedData(f"{paths[0].parent} is not the index of these contexts: {repair(self.path)}")
         return index
+
+    def _index_files(self, segment: Segment) -> dict[str, FileInfo]:
+        folder = f"{_index_name(segment)}/"
+        return {name: info for name, info in self.manifest.files.items() if name.startswith(folder)}
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Where each context is, by id and in order. Made when it is first asked for: opening reads no ids."""
+        return _places(self._segments)
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        return list(self._places)
+
+    def num_tokens(self, text: str) -> int:
+        """How many tokens a text would take, encoded whole."""
+        return len(self._encoder.tokenize([text])[0])
 
     def verify(self) -> None:
         """Read all that is kept. Raises `DamagedData` that names what is not as it was written."""
@@ -183,7 +226,8 @@ class ContextLibrary:
 
     def _open(self) -> None:
         """See what is in the folder now."""
-        self.__dict__.pop("_index", None)
+        for found in ("_indices", "_places", "_ids"):
+            self.__dict__.pop(found, None)
         self.manifest = load_manifest(self.path)
         if self.manifest.storage_dtype is None:
             raise DsskError(f"{self.path} holds texts only: encode them, without --text_only")
@@ -195,7 +239,6 @@ class ContextLibrary:
                 raise
             self.manifest = manifest  # changed by another process after it was read
             self._segments = self._open_segments()
-        self._places = _places(self._segments)
 
     def _open_segments(self) -> list[SegmentFile]:
         return [open_segment(self.path, self.manifest, segment) for segment in self.manifest.segments]
@@ -203,11 +246,18 @@ class ContextLibrary:
     # --- writing -----------------------------------------------------------------------------------------------
 
     def add(
-        self, texts: Sequence[str], ids: Sequence[str] | None = None, titles: Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        ids: Sequence[str] | None = None,
+        titles: Sequence[str] | None = None,
+        splitter: Splitter | None = None,
+        truncate: bool = False,
     ) -> list[str]:
-        """Encode `texts` and keep all of them or, if anything fails, none; returns their ids.
+        """Encode `texts` and keep all of them or, if anything fails, none; returns the ids of what was added.
 
-        Ids that are not given are made from the texts. One that exists is refused.
+        Ids that are not given are made from the texts. One that exists is refused. A text longer than `splitter`
+        allows (by default than `maximum_input_length`) becomes passages `ID#1`, `ID#2`, ...; with `truncate` its
+        beginning is kept alone.
         """
         ids = [content_id(text) for text in texts] if ids is None else list(ids)
         titles = [""] * len(texts) if titles is None else list(titles)
@@ -217,24 +267,52 @@ class ContextLibrary:
             )
         if empty := [id for id, text in zip(ids, texts, strict=True) if not text.strip()]:
             raise DsskError(f"the context {empty[0]!r} is empty")
+        splitter = splitter or Splitter(self.manifest.maximum_input_length)
+        if splitter.tokens > self.manifest.maximum_input_length:
+            raise DsskError(
+                f"passages of {splitter.tokens} tokens are longer than this library's contexts may be: want at most "
+                f"{self.manifest.maximum_input_length}"
+            )
+        added: list[str] = []
         with self._writing():
-            known = set(self._places)
-            for id in ids:
-                if id in known:
-                    raise DsskError(
-                        f"{self.path} has a context {id!r}: remove it, or give the new one another id"
-                    )
-                known.add(id)
+            known = {*self._places, *self._documents()}
+            self._refuse_known(ids, known)
             if texts:
                 segments, small = self._without_small()
-                tables = itertools.chain(self._tables(small), self._encoded(ids, titles, texts))
+                pieces = self._pieces(ids, titles, texts, None if truncate else splitter)
+                tables = itertools.chain(self._tables(small), self._encoded(pieces, known, added))
                 self._publish([*segments, *map(self._write, _grouped(tables))])
-        return ids
+        return added
+
+    def _documents(self) -> set[str]:
+        """The ids of texts that are kept as passages."""
+        return {document for segment in self._segments for document in segment.column("document", "")} - {""}
+
+    def _refuse_known(self, ids: Sequence[str], known: set[str]) -> None:
+        """Raise `DsskError` for an id that stands in `known` or twice; all of them do afterwards."""
+        for id in ids:
+            if id in known:
+                raise DsskError(
+                    f"{self.path} has a context {id!r}: remove it, or give the new one another id"
+                )
+            known.add(id)
+
+    def _pieces(
+        self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str], splitter: Splitter | None
+    ) -> Iterator[Piece]:
+        """What is to be encoded of each text: all of it, or its passages."""
+        for id, title, text in zip(ids, titles, texts, strict=True):
+            passages = splitter.split(self._encoder.tokenizer, text, title) if splitter else []
+            if len(passages) < 2:
+                yield Piece(id, title, text, Origin("", 0, len(text)))
+                continue
+            for number, (passage, start, end) in enumerate(passages, start=1):
+                yield Piece(f"{id}#{number}", title, passage, Origin(id, start, end))
 
     def remove(self, ids: str | Iterable[str]) -> None:
-        """Forget contexts, all of them or none, and free their space."""
+        """Forget contexts, all of them or none, and free their space; the id of a long text is that of its passages."""
         with self._writing():
-            gone = {self._find(id) for id in ([ids] if isinstance(ids, str) else ids)}
+            gone = {place for id in ([ids] if isinstance(ids, str) else ids) for place in self._found(id)}
             segments: list[Segment] = []
             for segment, places in self._by_segment():
                 kept = [place for place in places if place not in gone]
@@ -243,6 +321,16 @@ class ContextLibrary:
                 else:
                     segments += map(self._write, self._tables(kept))
             self._publish(segments)
+
+    def _found(self, id: str) -> list[Place]:
+        """The context of an id, or all passages of the text of that id."""
+        passages = [
+            Place(segment, row)
+            for segment in self._segments
+            for row, document in enumerate(segment.column("document", ""))
+            if document == id
+        ]
+        return passages or [self._find(id)]
 
     def _create(self, manifest: Manifest) -> None:
         files.make_folder(self.path.parent)
@@ -296,31 +384,32 @@ class ContextLibrary:
 
     def _tables(self, places: Sequence[Place]) -> Iterator[pa.Table]:
         """Contexts of the library, in this order, as tables of about SEGMENT_BYTES."""
-        names = context_features(self._storage_dtype).arrow_schema.names
+        schema = context_features(self._storage_dtype).arrow_schema
         opened = list(dict.fromkeys(place.segment for place in places))
         first = dict(zip(opened, np.cumsum([0, *(len(segment.table) for segment in opened)]), strict=False))
         num_tokens = [place.segment.value("n_tokens", place.row, 0) for place in places]
         for rows in self._chunks(num_tokens):
             indices = [first[places[row].segment] + places[row].row for row in rows]
-            yield pa.concat_tables([segment.table.select(names) for segment in opened]).take(indices)
+            yield pa.concat_tables([segment.rows_as(schema) for segment in opened]).take(indices)
 
-    def _encoded(self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]) -> Iterator[pa.Table]:
-        """New contexts in their order, as tables of about SEGMENT_BYTES."""
-        tokens = self._encoder.tokenize(texts)
+    def _encoded(self, pieces: Iterator[Piece], known: set[str], added: list[str]) -> Iterator[pa.Table]:
+        """New contexts in their order, as tables of at most about SEGMENT_BYTES; their ids go to `added`."""
         longest = self.manifest.maximum_input_length
-        for rows in self._chunks([min(longest, len(row)) for row in tokens]):
-            done = list(self._encoder.encode([texts[row] for row in rows], [tokens[row] for row in rows]))
-            records = [
-                encoded_record(
-                    [ids[rows[row]] for row in batch.rows],
-                    [titles[rows[row]] for row in batch.rows],
-                    [texts[rows[row]] for row in batch.rows],
-                    *batch[1:],
-                )
-                for batch in done
-            ]
-            order = np.argsort([row for batch in done for row in batch.rows])
-            yield pa.Table.from_batches(records).take(order)
+        while block := list(itertools.islice(pieces, BLOCK_CONTEXTS)):
+            self._refuse_known([piece.id for piece in block if piece.origin.document], known)
+            tokens = self._encoder.tokenize([piece.text for piece in block])
+            for rows in self._chunks([min(longest, len(ids)) for ids in tokens]):
+                yield self._encoded_rows([block[row] for row in rows], [tokens[row] for row in rows])
+            added += [piece.id for piece in block]
+
+    def _encoded_rows(self, pieces: Sequence[Piece], tokens: Sequence[list[int]]) -> pa.Table:
+        done = list(self._encoder.encode([piece.text for piece in pieces], tokens))
+        records = []
+        for batch in done:
+            ids, titles, texts, origins = zip(*(pieces[row] for row in batch.rows), strict=True)
+            records.append(encoded_record(ids, titles, texts, origins, *batch[1:]))
+        order = np.argsort([row for batch in done for row in batch.rows])
+        return pa.Table.from_batches(records).take(order)
 
     def _chunks(self, num_tokens: Sequence[int]) -> Iterator[range]:
         """Consecutive rows of contexts of these lengths, of about SEGMENT_BYTES."""
@@ -339,17 +428,20 @@ class ContextLibrary:
 
     def _publish(self, segments: list[Segment]) -> None:
         """Let exactly these segments count, and remove the others; who has them mapped can read on."""
-        opened = dict(zip(self.manifest.segments, self._segments, strict=True)) if self._segments else {}
-        new = [opened.get(s) or read_segment(self.path / s.name, self.manifest, s.rows) for s in segments]
-        infos = self._write_index(WordIndex.of_texts(_texts(_places(new).values())))
+        infos: dict[str, FileInfo] = {}
+        for segment in segments:
+            infos |= self._index_files(segment) or self._write_index(segment)
         manifest = self.manifest.model_copy(update={"segments": segments, "files": infos})
         files.publish_text(self.path / MANIFEST, manifest.to_json())
         files.remove(self.path / v01.LIBRARY)
         self._open()
         self._remove_unnamed()
 
-    def _write_index(self, index: WordIndex) -> dict[str, FileInfo]:
-        name = f"{SEARCH}{secrets.token_hex(8)}"
+    def _write_index(self, segment: Segment) -> dict[str, FileInfo]:
+        """The files of the index of a segment; none if there are no words in it."""
+        opened = read_segment(self.path / segment.name, self.manifest, segment.rows)
+        index = WordIndex.of_texts(_texts(Place(opened, row) for row in range(segment.rows)))
+        name = _index_name(segment)
         with files.publish_folder(self.path / name) as folder:
             index.save(folder)
             return {
@@ -372,6 +464,11 @@ class ContextLibrary:
 def content_id(text: str) -> str:
     """The id of a context that was given none: 16 hex digits that depend on its text."""
     return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def _index_name(segment: Segment) -> str:
+    """The folder of the index of a segment."""
+    return f"{SEARCH}{Path(segment.name).stem.removeprefix('data-')}"
 
 
 def _places(segments: Iterable[SegmentFile]) -> dict[str, Place]:

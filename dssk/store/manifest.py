@@ -146,6 +146,7 @@ class Counts(Strict):
     rows: dict[str, Count] = Field(description="split -> question rows kept")
     contexts: Count
     truncated: Count = Field(description="contexts longer than maximum_input_length")
+    lost_tokens: Count = Field(default=0, description="of those, beyond maximum_input_length")
     tokens: Count = Field(description="of all contexts, after truncation")
     length_histogram: list[Count] = Field(description="contexts by n_tokens, in bins of HISTOGRAM_BIN_TOKENS")
 

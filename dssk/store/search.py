@@ -1,9 +1,16 @@
-"""Finding contexts by their words: a BM25 index in a folder of its own, memory-mapped."""
+"""Finding contexts by their words: BM25 over indices that are kept in folders of their own, memory-mapped.
 
+A library has one index for each of its segments, so that a change indexes what it writes and nothing else. Searching
+several weighs words by how many texts of all of them have them, as one index of everything would; only a text's
+length is compared with the mean of its own index.
+"""
+
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
+import numpy as np
 
 from dssk.utils.files import content_of
 
@@ -11,47 +18,73 @@ _WORD = r"\w+"  # by default bm25s leaves out words of one character, such as di
 
 
 class WordIndex:
-    """Which texts have which words. Empty where there are none."""
+    """Which of `count` texts have which words."""
 
-    def __init__(self, index: bm25s.BM25 | None, folder: Path = Path()):
-        self._index = index
+    def __init__(self, index: bm25s.BM25 | None, count: int, folder: Path = Path()):
+        self._index = index  # None if the texts have no words
+        self._count = count
         self._folder = folder  # that it was read from, if it was
 
     def __len__(self) -> int:
         """Texts."""
-        return 0 if self._index is None else int(self._index.scores["num_docs"])
+        return self._count
 
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> "WordIndex":
-        if not texts:
-            return cls(None)
-        words = bm25s.tokenize(list(texts), token_pattern=_WORD, show_progress=False)
-        if not words.vocab:
-            return cls(None)
+        words = bm25s.tokenize(list(texts), token_pattern=_WORD, show_progress=False) if texts else None
+        if words is None or not words.vocab:
+            return cls(None, len(texts))
         index = bm25s.BM25()
         index.index(words, show_progress=False)
-        return cls(index)
+        return cls(index, len(texts))
 
     @classmethod
     def load(cls, folder: Path) -> "WordIndex":
         """The index in a folder, of which only what a search needs is read."""
         with content_of(folder):
-            index = cls(bm25s.BM25.load(str(folder), mmap=True), folder)
-            len(index)
-        return index
+            index = bm25s.BM25.load(str(folder), mmap=True)
+            return cls(index, int(index.scores["num_docs"]), folder)
 
     def save(self, folder: Path) -> None:
-        """Write the index; nothing if it is empty."""
+        """Write the index; nothing if there are no words."""
         if self._index is not None:
             self._index.save(str(folder))
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
-        """Numbers of at most `k` texts that share words with `question`, best first, and their scores."""
-        (words,) = bm25s.tokenize([question], token_pattern=_WORD, return_ids=False, show_progress=False)
+        """As the function `search`, of this index alone."""
+        return search([self], question, k)
+
+    def matches(self, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the texts that have a word, and the scores that it gives them by this index alone."""
+        number = None if self._index is None else self._index.vocab_dict.get(word)
+        if self._index is None or number is None:
+            return np.zeros(0, np.int32), np.zeros(0, np.float32)
         with content_of(self._folder):
-            if self._index is None or not any(word in self._index.vocab_dict for word in words):
-                return []
-            rows, scores = self._index.retrieve([words], k=min(k, len(self)), show_progress=False)
-            return [
-                (int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if score > 0
-            ]
+            start, end = self._index.scores["indptr"][number : number + 2]
+            return self._index.scores["indices"][start:end], self._index.scores["data"][start:end]
+
+
+def search(indices: Sequence[WordIndex], question: str, k: int) -> list[tuple[int, float]]:
+    """Numbers of at most `k` texts that share words with `question`, best first, and their scores.
+
+    Texts are numbered through all `indices`.
+    """
+    (words,) = bm25s.tokenize([question], token_pattern=_WORD, return_ids=False, show_progress=False)
+    firsts = np.cumsum([0, *map(len, indices)])
+    scores = np.zeros(firsts[-1], np.float32)
+    for word in words:
+        matches = [index.matches(word) for index in indices]
+        weight = _rarity(len(scores), sum(len(numbers) for numbers, _ in matches))
+        for first, index, (numbers, values) in zip(firsts, indices, matches, strict=False):
+            if len(numbers):
+                scores[first + numbers] += values * np.float32(weight / _rarity(len(index), len(numbers)))
+    found = np.flatnonzero(scores)
+    if len(found) > k:
+        found = found[np.argpartition(-scores[found], k - 1)[:k]]
+    best = found[np.lexsort((found, -scores[found]))]
+    return [(int(number), float(scores[number])) for number in best]
+
+
+def _rarity(texts: int, having: int) -> float:
+    """How much a word tells that `having` of `texts` have: Lucene's, which bm25s takes by default."""
+    return math.log(1 + (texts - having + 0.5) / (having + 0.5))

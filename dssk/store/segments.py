@@ -1,16 +1,17 @@
 """Segments: Arrow files of contexts with their encoder states, written as a stream and read by memory map.
 
-    id, title, context, n_tokens, truncated, encoder_hidden_states [, scale]
+    id, title, context, document, start, end, n_tokens, truncated, encoder_hidden_states [, scale]
 
 Arrow has no bfloat16, hence states are bytes: (n_tokens, hidden_size) in row-major order.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Features, Value
 
@@ -27,6 +28,9 @@ def context_features(storage_dtype: StorageDtype) -> Features:
         "id": Value("string"),
         "title": Value("string"),
         "context": Value("string"),
+        "document": Value("string"),  # what it is a passage of; empty for a whole text
+        "start": Value("int64"),  # its first character there
+        "end": Value("int64"),  # and the one after its last
         "n_tokens": Value("int32"),
         "truncated": Value("bool"),  # the context is longer than maximum_input_length
         "encoder_hidden_states": Value("large_binary"),
@@ -39,10 +43,19 @@ def context_features(storage_dtype: StorageDtype) -> Features:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
+class Origin(NamedTuple):
+    """Where in a longer text a passage stands, in characters; no document for a whole text."""
+
+    document: str
+    start: int
+    end: int
+
+
 def encoded_record(
     ids: Sequence[str],
     titles: Sequence[str],
     texts: Sequence[str],
+    origins: Sequence[Origin],
     num_tokens: Sequence[int],
     truncated: Sequence[bool],
     states: torch.Tensor,
@@ -54,6 +67,9 @@ def encoded_record(
         "id": pa.array(ids, pa.string()),
         "title": pa.array(titles, pa.string()),
         "context": pa.array(texts, pa.string()),
+        "document": pa.array([origin.document for origin in origins], pa.string()),
+        "start": pa.array([origin.start for origin in origins], pa.int64()),
+        "end": pa.array([origin.end for origin in origins], pa.int64()),
         "n_tokens": pa.array(lengths, pa.int32()),
         "truncated": pa.array(truncated, pa.bool_()),
         "encoder_hidden_states": _binary(states, lengths),
@@ -126,6 +142,17 @@ class SegmentFile:
         if name in self.table.column_names:
             return self.table[name].to_pylist()
         return [default] * len(self.table)
+
+    def rows_as(self, schema: pa.Schema) -> pa.Table:
+        """All rows with the columns of a schema; those of a whole text where an older file does not say its place."""
+        table = self.table
+        blank = {"document": pa.array([""] * len(table)), "start": pa.array(np.zeros(len(table), np.int64))}
+        for name, column in blank.items():
+            if name not in table.column_names:
+                table = table.append_column(name, column)
+        if "end" not in table.column_names:
+            table = table.append_column("end", pc.cast(pc.utf8_length(table["context"]), pa.int64()))
+        return table.select(schema.names)
 
     def value(self, name: str, row: int, default: Any) -> Any:
         """The same for one row."""

@@ -38,7 +38,7 @@ from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
 from dssk.run_folder import lock_file, move_aside, stored_experiment, write_experiment
 from dssk.store import verify
-from dssk.store.dataset import load_rows
+from dssk.store.dataset import load_contexts, load_rows
 from dssk.store.manifest import Manifest
 from dssk.store.opening import check_model, load_manifest
 from dssk.training import estimate, state
@@ -141,6 +141,8 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
             check_base_init(estimate.meta_model(cfg, base))
     except ValueError as error:
         raise DsskError(f"experiment: {error}") from None
+    if cfg.several_contexts:
+        load_contexts(run.data_path)
     if cfg.context_size > window(base):
         raise DsskError(
             f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {window(base)} tokens"
@@ -206,6 +208,7 @@ def build_trainer(
     if cfg.distill:
         model.to(arguments.device)  # before the teacher shares its weights
         teacher = Teacher(find_teacher(cfg, model))
+    contexts = load_contexts(run.data_path) if cfg.several_contexts else None
     if not len(rows["val"]):
         arguments.eval_strategy = IntervalStrategy.NO
     scorer = None
@@ -214,8 +217,8 @@ def build_trainer(
     trainer = CrossAttnTrainer(
         model=model,
         args=arguments,
-        train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, training=True),
-        eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, training=False),
+        train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, True, contexts),
+        eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, False, contexts),
         data_collator=Collator(tokenizer.pad_token_id, share_contexts=cfg.questions_per_context > 1),
         processing_class=tokenizer,
         callbacks=[MetricsFile(), Progress(budget), StopAtBudget(budget), StopOnSignal(stop)],

@@ -1,6 +1,6 @@
 """Which rows make which optimizer step: decided by (seed, epoch) alone, whatever the number of ranks and workers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -16,8 +16,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     """Row numbers of one epoch, in whole global batches (rows of one optimizer step, over all ranks).
 
     Every epoch drops another remainder of less than one global batch. So each way to divide a global batch into
-    ranks and accumulated micro-batches trains on the same rows in the same step. With `lengths`, the rows of a
-    global batch are about equally long, and lie from long to short: less padding.
+    ranks and accumulated micro-batches trains on the same rows in the same step. With `lengths` (of the rows in an
+    epoch), the rows of a global batch are about equally long, and lie from long to short: less padding.
 
     With `contexts` (the number of each row's context) `together` rows of one lie side by side. Rows beyond a multiple
     of it wait for another epoch; those of contexts that have fewer make global batches of their own.
@@ -28,7 +28,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         num_rows: int,
         global_batch: int,
         seed: int,
-        lengths: np.ndarray | None = None,
+        lengths: Callable[[int], np.ndarray] | None = None,
         contexts: np.ndarray | None = None,
         together: int = 1,
     ):
@@ -62,7 +62,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         """Row numbers, (steps_per_epoch, global_batch)."""
         rng = np.random.default_rng([self.seed, epoch])
         kinds = zip(self._units(rng), self._steps, strict=True)
-        batches = np.concatenate([self._batches(units, steps) for units, steps in kinds if steps])
+        lengths = None if self.lengths is None else self.lengths(epoch)
+        batches = np.concatenate([self._batches(units, steps, lengths) for units, steps in kinds if steps])
         ordered = self.lengths is None and self.contexts is None
         return batches if ordered else rng.permutation(batches)
 
@@ -79,14 +80,14 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         alone = rows[own < self.together][:, None]
         return [kind for kind in (rng.permutation(groups), rng.permutation(alone)) if kind.size]
 
-    def _batches(self, units: np.ndarray, steps: int) -> np.ndarray:
+    def _batches(self, units: np.ndarray, steps: int, lengths: np.ndarray | None) -> np.ndarray:
         """Units as whole global batches (steps, global_batch): repeated only if they fill none."""
         width = units.shape[1]
         units = np.resize(units, (steps * self.global_batch // width, width))
-        if self.lengths is not None:
+        if lengths is not None:
             pool = self.global_batch // width * POOL_BATCHES
             pools = [units[start : start + pool] for start in range(0, len(units), pool)]
-            units = np.concatenate([p[np.argsort(-self.lengths[p[:, 0]], kind="stable")] for p in pools])
+            units = np.concatenate([p[np.argsort(-lengths[p[:, 0]], kind="stable")] for p in pools])
         return units.reshape(-1, self.global_batch)
 
     def rows_of_step(self, step: int) -> list[int]:
@@ -95,12 +96,21 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return self.order(epoch)[index].tolist()
 
 
-def text_lengths(dataset: CrossAttnDataset) -> np.ndarray:
-    """About how long each example is: characters of its context, twice where the decoder reads it too."""
+def text_lengths(dataset: CrossAttnDataset) -> Callable[[int], np.ndarray]:
+    """About how long each example of an epoch is: characters of its contexts, its own twice where it is read too."""
     rows: datasets.Dataset = dataset.rows
     contexts = rows.with_format("arrow").select_columns(["context"])[:]["context"]
     characters = pc.utf8_length(contexts).to_numpy()
-    return np.concatenate([(2 if kind == "contexts" else 1) * characters for kind in dataset.kinds])
+
+    def lengths(epoch: int) -> np.ndarray:
+        others = (dataset.contexts_of_epoch(epoch) - 1) * characters.mean()
+        of_kind = {
+            "contexts": 2 * characters,
+            "questions": characters + others if others.any() else characters,
+        }
+        return np.concatenate([of_kind.get(kind, characters) for kind in dataset.kinds])
+
+    return lengths
 
 
 def context_numbers(dataset: CrossAttnDataset) -> np.ndarray:

@@ -66,12 +66,43 @@ def test_the_command_answers_from_files(command, model, tokenizer, tmp_path):
         path.write_text(f"{text}\n")
     asked = ["--question", QUESTIONS[0], "--question", QUESTIONS[1], "--max_new_tokens", 8]
     expected = model.answer(QUESTIONS[:2], TEXTS[0], tokenizer, max_new_tokens=8)
-    assert command("--context", paths[0], *asked) == "\n".join(expected) + "\n"
+    said = command("--context", paths[0], *asked).splitlines()
+    assert said[::2] == expected
+    assert all(line.startswith("[a: 100% of the attention, most to '") for line in said[1::2])
     expected = model.answer(QUESTIONS[:2], [TEXTS[:2]] * 2, tokenizer, max_new_tokens=8)
-    assert command("--context", paths[0], "--context", paths[1], *asked) == "\n".join(expected) + "\n"
+    said = command("--context", paths[0], "--context", paths[1], *asked).splitlines()
+    assert said[::3] == expected
+    assert {line[:2] for line in said[1:3]} == {"[a", "[b"}
     paths[0].write_text("long " * 100)
-    said = command("--context", paths[0], *asked, note=True)
-    assert said == "dssk: a context has 508 tokens, the first 256 are read\n"
+    said = command("--context", paths[0], *asked, "--truncate", note=True)
+    assert said == "dssk: --truncate: 252 tokens of a are not read\n"
+
+
+LONG = " ".join(f"Mill number {i} stands by the river." for i in range(24))
+
+
+def test_a_long_text_is_read_as_passages_that_answers_name(command, model, tokenizer, tmp_path):
+    (tmp_path / "mills.txt").write_text(LONG)
+    rows = jsonl(tmp_path / "in", [{"question": "where is mill number 17"}])
+    flags = ["--context", tmp_path / "mills.txt", "--input", rows, "--max_new_tokens", 8]
+    whole = json.loads(command(*flags))
+    assert whole["answer"] == model.answer("where is mill number 17", LONG, tokenizer, max_new_tokens=8)
+    assert whole["context_ids"] == []
+    sources = whole["sources"]
+    assert len(sources) > 3
+    assert sum(source["share"] for source in sources) == pytest.approx(1, abs=1e-2)
+    assert [s["share"] for s in sources] == sorted((s["share"] for s in sources), reverse=True)
+    by_place = sorted(sources, key=lambda source: source["start"])
+    assert " ".join(LONG[source["start"] : source["end"]] for source in by_place) == LONG
+    for source in sources:
+        passage = LONG[source["start"] : source["end"]]
+        assert source["document"] == "mills"
+        assert passage[source["span_start"] : source["span_end"]] == source["span"]
+    best = json.loads(command(*flags, "--k", 1, "--passage_tokens", 60))
+    (source,) = best["sources"]
+    assert "number 17" in LONG[source["start"] : source["end"]]
+    library = ["--library", "x", "--question", "q", "--truncate"]
+    assert "are for --context" in command(*library, code=2)
 
 
 def test_the_command_answers_a_file_of_questions(command, model, tokenizer, library, tmp_path):
@@ -91,6 +122,10 @@ def test_the_command_answers_a_file_of_questions(command, model, tokenizer, libr
     assert [row["context_ids"] for row in answered] == [["bridge"], [], ["ann"], ["ann", "mill"]]
     assert [row["id"] for row in answered] == [1, 2, 3, 4]
     assert answered[1]["kept"]
+    assert [list(row)[0] for row in answered] == ["id", "nothing_found", "id", "id"]
+    assert [source["id"] for source in answered[0]["sources"]] == ["bridge"]
+    assert {source["id"] for source in answered[3]["sources"]} == {"ann", "mill"}
+    assert answered[1]["sources"] == []
     assert all("context_id" not in row for row in answered)
     two = command("--library", library.path, "--input", jsonl(tmp_path / "in", rows[:1]), "--k", 2)
     assert json.loads(two)["context_ids"] == ["bridge"]  # the others share no word with the question
@@ -176,7 +211,7 @@ def test_someone_at_a_terminal_is_asked_and_sees_the_answer_come(checkpoint, lib
     assert process.returncode == 0
     expected = model.answer("how long is the bridge", TEXTS[1], tokenizer, max_new_tokens=8)
     assert said.split("> ")[0] == "Ask; /quit ends.\n"
-    assert said.split("> ")[1].removesuffix("[bridge]\n").rstrip() == expected
+    assert said.split("> ")[1].partition("[bridge: 100% of")[0].rstrip() == expected
     assert said.split("> ")[2:] == ["", ""]
 
 
@@ -190,8 +225,8 @@ def test_questions_can_be_piped_in(command, library, monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", Piped())
     said = command("--library", library.path, "--max_new_tokens", 4)
-    assert said.count("[ann]\n") == 1
-    assert said.count(f"[ann]\n{NOTHING_FOUND}\n") == 1
+    assert said.count("[ann: 100% of the attention, most to ") == 1
+    assert said.splitlines()[-2] == NOTHING_FOUND
     assert "Ask" not in said
 
 
@@ -202,7 +237,9 @@ def test_an_answer_says_where_it_is_from_and_first_when_there_is_nothing(
     flags = [word for question in asked for word in ("--question", question)]
     said = command("--library", library.path, *flags, "--max_new_tokens", 8)
     bridge, alone = model.answer(asked, [TEXTS[1], None], tokenizer, max_new_tokens=8)
-    assert said == f"{bridge}\n[bridge]\n{NOTHING_FOUND}\n{alone}\n"
+    lines = said.splitlines()
+    assert [lines[0], *lines[2:]] == [bridge, NOTHING_FOUND, alone]
+    assert lines[1].startswith("[bridge: 100% of the attention, most to '")
     rows = jsonl(tmp_path / "in", [{"question": question} for question in asked])
     note = command("--library", library.path, "--input", rows, "--max_new_tokens", 2, note=True)
     assert note.splitlines()[-1] == "dssk: no context found for 1 of 2 questions"

@@ -115,11 +115,13 @@ def test_nothing_found_is_said(folder, tmp_path, run_command, capsys):
 def test_a_text_that_is_cut_is_named(base_path, tmp_path, capsys):
     (tmp_path / "long.txt").write_text("x" * 100)
     flags = ["--checkpoint", str(base_path), "--maximum_input_length", "20"]
-    library.main([str(tmp_path / "library"), "add", str(tmp_path / "long.txt"), *flags])
-    assert (
-        "the 20 tokens that are kept of a context, so their ends are lost: long: divide"
-        in capsys.readouterr().err
-    )
+    library.main([str(tmp_path / "cut"), "add", str(tmp_path / "long.txt"), *flags, "--truncate"])
+    said = "dssk: 89 tokens of 1 texts are lost, which --truncate cut to 20: without it they become passages"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    library.main([str(tmp_path / "whole"), "add", str(tmp_path / "long.txt"), *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("long#2\t20 tokens (characters 11 to 22)\t")
+    assert len(lines) == 10
 
 
 def test_what_is_no_library_is_named(tmp_path, command):

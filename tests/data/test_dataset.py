@@ -14,7 +14,7 @@ from dssk.data.dataset import CrossAttnDataset
 from dssk.errors import DsskError
 from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
-from dssk.store.dataset import load_rows
+from dssk.store.dataset import load_contexts, load_rows
 from tests.conftest import byte_tokenizer, experiment
 
 
@@ -214,3 +214,88 @@ def test_padding_with_the_end_of_text_keeps_it_in_the_loss(make, rows, llama_lik
     learned = (batch["labels"] == llama_like.eos_token_id).sum(-1)
     assert learned.tolist() == [1] * 4
     assert torch.equal(batch["labels"] != IGNORED, batch["attention_mask"])
+
+
+# Several contexts a question
+
+
+@pytest.fixture
+def several(rows, store_path, tokenizer, base_path):
+    def several(training=True, **changes):
+        cfg = parse_experiment(experiment(base_path, **{"num_contexts": [1, 4], **changes}))
+        return CrossAttnDataset(rows, tokenizer, cfg, training, load_contexts(store_path))
+
+    return several
+
+
+def test_a_question_reads_its_own_context_and_as_many_others_as_the_epoch_says(several, rows):
+    dataset = several()
+    counts = []
+    for index in range(len(rows)):
+        contexts = dataset[index]["contexts"]
+        counts.append(len(contexts))
+        assert len({number for number, _ in contexts}) == dataset.num_contexts[index] == len(contexts)
+        own = rows[index]["encoder_hidden_states"]
+        assert [torch.equal(states, own) for _, states in contexts] == [True, *[False] * (len(contexts) - 1)]
+    assert set(counts) == {1, 2, 3, 4}
+    dataset.set_epoch(1)
+    assert counts != dataset.num_contexts.tolist()
+    first = [number for number, _ in dataset[5]["contexts"]]
+    assert first == [number for number, _ in pickle.loads(pickle.dumps(dataset))[5]["contexts"]]
+
+
+def test_questions_without_their_context_are_not_answered(several, rows, store_path, tokenizer):
+    dataset, contexts = several(gold_missing=0.5, num_contexts=3), load_contexts(store_path)
+    missing = 0
+    for index, row in enumerate(rows):
+        example = dataset[index]
+        texts = [contexts.text(number) for number, _ in example["contexts"]]
+        answer = tokenizer.decode(example["labels"]).partition("answer: ")[2].removesuffix("<|endoftext|>")
+        assert len(texts) == 3
+        if row["context"] in texts:
+            assert answer == row["answer"]
+        else:
+            missing += 1
+            assert answer == "Answer not in context."
+            assert not any(row["answer"] in text for text in texts)
+    assert 0.25 * len(rows) < missing < 0.75 * len(rows)
+
+
+def test_in_the_first_epochs_questions_may_read_their_own_contexts_alone(several, rows):
+    settings = {"contexts_warmup": 1, "num_contexts": 3, "gold_missing": 0.9}
+    dataset = several(**settings)
+    for index, row in enumerate(rows):
+        ((_, states),) = dataset[index]["contexts"]
+        assert torch.equal(states, row["encoder_hidden_states"])
+    dataset.set_epoch(1)
+    assert {len(dataset[index]["contexts"]) for index in range(len(rows))} == {3}
+    assert len(several(training=False, **settings)[0]["contexts"]) == 3
+
+
+def test_contexts_of_a_batch_are_packed_and_each_is_there_once(several, tokenizer):
+    dataset = several(num_contexts=4)
+    examples = [dataset[index] for index in range(12)]
+    batch = Collator(tokenizer.pad_token_id)(examples)
+    named = {number: states for example in examples for number, states in example["contexts"]}
+    assert len(batch["context_lengths"]) == len(named) < 12 * 4
+    assert batch["encoder_hidden_states"].shape == (1, sum(map(len, named.values())), 32)
+    packed = batch["encoder_hidden_states"][0].split(batch["context_lengths"].tolist())
+    for group, example in zip(batch["context_groups"], examples, strict=True):
+        for place, (_, states) in zip(group.tolist(), example["contexts"], strict=True):
+            assert torch.equal(packed[place], states)
+
+
+def test_packed_contexts_may_be_encoded_online(several, tokenizer):
+    dataset = several(encode_online=True, num_contexts=2)
+    batch = Collator(tokenizer.pad_token_id)([dataset[index] for index in range(4)])
+    assert batch["context_input_ids"].shape == batch["context_attention_mask"].shape
+    assert batch["context_groups"].shape == (4, 2)
+    text = tokenizer.decode(batch["context_input_ids"][0][batch["context_attention_mask"][0]])
+    assert text == f"context: {dataset.rows[0]['context']}"
+
+
+def test_a_repeated_context_is_read_alone(several, rows, tokenizer):
+    dataset = several(include_context_ids=True, num_contexts=4, gold_missing=0.9)
+    example = dataset[len(rows) + 3]
+    assert len(example["contexts"]) == 1
+    assert torch.equal(example["contexts"][0][1], rows[3]["encoder_hidden_states"])

@@ -96,9 +96,11 @@ def test_at_most_max_examples_usable_rows_are_read(texts):
 
 def test_long_contexts_are_cut_and_counted(texts):
     manifest, _, _ = texts(
-        [row("x" * n) for n in (1, 50, 51, 80)], maximum_input_length=len("context: ") + 50
+        [row("x" * n) for n in (1, 50, 51, 80)],
+        maximum_input_length=len("context: ") + 50,
+        truncate=True,
     )
-    assert manifest.counts.truncated == 2
+    assert (manifest.counts.truncated, manifest.counts.lost_tokens) == (2, 31)
     assert manifest.counts.tokens == 4 * len("context: ") + 1 + 50 + 50 + 50
     assert manifest.counts.length_histogram == [1, 0, 0, 3]
 

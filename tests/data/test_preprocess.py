@@ -61,7 +61,8 @@ def test_the_set_of_flags_is_known():
     flags = {option for action in preproc.build_parser()._actions for option in action.option_strings}
     named = """-h --help --embedding_model --revision --dtype --dataset --dataset_revision --split --val_dataset
         --val_fraction --max_examples --columns --skip_bad_rows --seed --maximum_input_length --batch_size
-        --batch_tokens --num_proc --data_cache_path --encode_layer --storage_dtype --text_only --shard_rows"""
+        --batch_tokens --num_proc --passage_tokens --overlap --repeat_title --truncate --whole_pages
+        --data_cache_path --encode_layer --storage_dtype --text_only --shard_rows"""
     assert flags == set(named.split())
 
 

@@ -1,5 +1,6 @@
 """The page to try a model on: what is behind it, and the page itself in a real Chromium."""
 
+import html
 import re
 import socket
 import sys
@@ -29,7 +30,7 @@ def test_what_is_read_is_the_text_in_pieces(reader):
     context = reader.encode(f" {TEXT}\n")
     assert context.text == TEXT
     assert "".join(context.pieces) == prompts.context(TEXT)
-    assert len(context.pieces) == len(context.states) == context.tokens
+    assert len(context.pieces) == len(context.states[0]) == context.tokens
     assert context.seconds > 0
     line = demo.describe(context, reader.model)
     # 32 values a token of the base's output, 2 x 4 layers x 8 of its keys and values, in two bytes each
@@ -58,11 +59,16 @@ def test_texts_and_questions_are_bounded(reader):
         reader.answer(" ", context)
 
 
-def test_a_long_text_is_cut_and_said_to_be(reader):
+def test_a_long_text_is_read_in_passages_and_said_to_be(reader):
     context = reader.encode("word " * 60)
-    assert (len(context.states), context.tokens) == (256, 308)
-    assert "the first 256 of 308 tokens" in demo.describe(context, reader.model)
+    assert (len(context.states), context.tokens) == (2, 317)  # each passage has the prompt's tokens
+    assert "317 tokens in 2 passages" in demo.describe(context, reader.model)
     answered = reader.answer(QUESTION, context)
+    assert len(answered.weights) == len(context.pieces) == 317
+    assert sum(part.share for part in answered.seen) == pytest.approx(1, abs=1e-2)
+    lines = demo.sources(context, answered)
+    assert len(lines) == 2
+    assert all(line in html.unescape(demo.highlight(context, answered)) for line in lines)
     assert answered.prompted_seconds is None
     assert "the text does not fit" in demo.seconds_table(answered)
 
@@ -100,14 +106,14 @@ def test_the_more_attended_to_is_darker_and_nothing_is_markup(reader):
     context = reader.encode(TEXT)
     weights = [0.0] * len(context.pieces)
     weights[3], weights[5] = 0.8, 0.2
-    page = demo.highlight(context, Answered("x", weights, 1, 1, None))
+    page = demo.highlight(context, Answered("x", weights, [], 1, 1, None))
     shades = re.findall(r"rgba\(249, 115, 22, ([\d.]+)\)", page)
     assert (shades[3], shades[5], shades[4]) == ("1.00", "0.25", "0.00")
     assert "<b>" not in page
     assert "".join(re.findall(r"<span[^>]*>(.*?)</span>", page)) == (
         "context: Mill 1 was built in 1701 by &lt;b&gt;Ann&lt;/b&gt; &amp; sons."
     )
-    nothing = Answered("", [0.0] * len(context.pieces), 1, 1, None)
+    nothing = Answered("", [0.0] * len(context.pieces), [], 1, 1, None)
     assert demo.highlight(context, nothing).count("0.00)") == len(context.pieces)
 
 

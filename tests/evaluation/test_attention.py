@@ -7,14 +7,8 @@ from tokenizers import processors
 
 from dssk import prompts
 from dssk.evaluation import attention
-from dssk.evaluation.attention import (
-    answer_mask,
-    attend,
-    best_head,
-    context_texts,
-    evidence,
-    find_words,
-)
+from dssk.evaluation.attention import answer_mask, best_head, evidence, find_words
+from dssk.inference.attending import Attention, attend, context_texts, seen
 from dssk.inference.encoding import Encoder
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from tests.conftest import byte_tokenizer, fused
@@ -74,7 +68,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer, monkeypatch):
 
 def test_most_attended_is_over_the_whole_answer():
     weights = torch.tensor([[[[0.6, 0.4, 0.0], [0.0, 0.4, 0.6]]]])
-    assert attention.Attention(weights, [0], ["a", "b"]).most_attended().tolist() == [[1]]
+    assert Attention(weights, [0], ["a", "b"]).most_attended().tolist() == [[1]]
 
 
 @settings(deadline=None)
@@ -162,3 +156,18 @@ def test_evidence_finds_the_head_that_looks_at_the_answer(base_path, tokenizer, 
     assert found.share_mass > 0.99
     assert 0 < found.chance < 0.2
     assert evidence(model, tokenizer, [row | others[0]]) is None
+
+
+def test_several_contexts_share_the_attention_and_each_has_its_span(model, tokenizer):
+    texts = [CONTEXT, "Bread and cheese ."]
+    states = Encoder(model, tokenizer).encode(texts)
+    parts = seen(model, tokenizer, QUESTION, ANSWER, list(zip(texts, states, strict=True)))
+    assert sum(part.share for part in parts) == pytest.approx(1, abs=1e-3)
+    swapped = seen(model, tokenizer, QUESTION, ANSWER, [(texts[i], states[i]) for i in (1, 0)])
+    assert [part.share for part in swapped] == pytest.approx([part.share for part in parts[::-1]], abs=1e-3)
+    weights = attend(model, tokenizer, QUESTION, ANSWER, states).of_answer().mean((0, 1))
+    own = weights[: len(states[0])]
+    before = len(prompts.context(""))
+    best = before + int(own[before:].argmax())  # one token a byte
+    assert parts[0].start <= best - before <= parts[0].end
+    assert seen(model, tokenizer, QUESTION, " ", [(CONTEXT, states[0])]) == []

@@ -9,6 +9,7 @@ from dssk.errors import DsskError
 from dssk.evaluation.evaluate import CrossAttentionSystem
 from dssk.evaluation.questions import load_questions
 from dssk.inference import encoding
+from dssk.inference.encoding import Encoder
 from dssk.inference.generation import context_batch, generate_batch
 from dssk.inference.tokenizer import load_tokenizer
 from tests.conftest import fused
@@ -102,16 +103,19 @@ def test_a_text_is_encoded_once_and_projected_once_for_all_its_questions(model, 
     monkeypatch.setattr(
         model,
         "project_context",
-        lambda states, mask: projected.append(states.shape[0]) or project(states, mask),
+        lambda states, mask, lengths, groups: (
+            projected.append(len(lengths)) or project(states, mask, lengths, groups)
+        ),
     )
     model.answer([f"question {i}" for i in range(40)], TEXTS[0], tokenizer, max_new_tokens=2)
     assert sum(encoded) == 1
     assert projected == [1, 1]  # batches of 32 and 8
-    encoded.clear()
+    encoded.clear(), projected.clear()
     model.answer(
         [f"question {i}" for i in range(40)], [TEXTS[i % 3] for i in range(40)], tokenizer, max_new_tokens=2
     )
     assert sum(encoded) == 3
+    assert max(projected) <= 3
 
 
 def test_the_tokenizer_is_found_where_the_model_was_loaded_from(model, tokenizer, base_path, tmp_path):
@@ -182,3 +186,27 @@ def test_an_answer_is_one_line_for_a_user_as_for_a_score(model, tokenizer, monke
 
     monkeypatch.setattr(model, "generate", talkative)
     assert model.answer(QUESTIONS[:2], TEXTS[0], tokenizer) == ["Ann", "Ann"]
+
+
+def test_answers_come_with_their_sources(model, tokenizer):
+    long = " ".join(f"Mill number {i} stands by the river." for i in range(20))
+    texts = [TEXTS[0], long]
+    found = model.answer(QUESTIONS[0], texts, tokenizer, max_new_tokens=6, return_sources=True)
+    assert found.answer == model.answer(QUESTIONS[0], texts, tokenizer, max_new_tokens=6)
+    assert {source.context for source in found.sources} == {0, 1}
+    assert len(found.sources) > 3
+    assert sum(source.share for source in found.sources) == pytest.approx(1, abs=1e-2)
+    for source in found.sources:
+        start, end = source.span
+        assert source.start <= start <= end <= source.end
+        assert texts[source.context][start:end] == source.text
+    (source,) = model.answer(
+        QUESTIONS[:1], [long], tokenizer, max_new_tokens=6, return_sources=True, truncate=True
+    )[0].sources
+    assert (source.start, source.end) == (0, len(long))
+    states = Encoder(model, tokenizer).encode(TEXTS[:1])[0]
+    (source,) = model.answer(QUESTIONS[0], states, tokenizer, max_new_tokens=6, return_sources=True).sources
+    assert (source.share, source.text) == (1.0, "")
+    assert model.answer(QUESTIONS[0], None, tokenizer, max_new_tokens=6, return_sources=True).sources == []
+    with pytest.raises(ValueError, match="sources of a projected context are not known"):
+        model.answer(QUESTIONS[0], model.project_context(states[None]), tokenizer, return_sources=True)

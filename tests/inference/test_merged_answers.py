@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dssk
-from dssk.evaluation.attention import attend
+from dssk.inference.attending import attend
 from dssk.inference.encoding import Encoder
 from dssk.inference.generation import contexts_together
 from tests.conftest import VOCAB_SIZE, byte_tokenizer

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from dssk.models.layers import encode_states, find_layers
 from dssk.models.merged import MergedReader, arguments, find_projections
+from dssk.models.packing import Packing, groups_of
 from tests.families import tiny_config
 
 FAMILIES: dict[str, dict] = {
@@ -164,22 +165,21 @@ def test_hidden_tokens_are_not_read_and_keep_their_positions():
 def test_contexts_that_are_read_together_keep_their_own_positions():
     model = make_model("llama")
     reader = MergedReader(model.base_model)
-    states, text = torch.randn(3, S, 64), ids(2, T)
-    lengths = [7, 4, 6]
-    context = reader(model.base_model, states, mask_of(lengths))
-    joint = context.grouped([2, 1])
-    assert joint.lengths.tolist() == [7, 6]
-    assert joint.mask.sum(1).tolist() == [11, 6]
-    logits = model(text, **arguments(model, joint, None, 2, T)).logits
-    alone = reader(model.base_model, states[2:], mask_of(lengths)[2:])
+    lengths, text = [7, 4, 6], ids(2, T)
+    states = torch.randn(1, 17, 64)
+
+    def read(order: list[int]) -> torch.Tensor:
+        packing = Packing(torch.tensor(lengths), groups_of([order, [2]]))
+        whole = reader(model.base_model, states, positions=packing.positions()[None])
+        joint = whole.gathered(*packing.tokens_of_rows(), packing.row_lengths().amax(1))
+        assert joint.lengths.tolist() == [7, 6]
+        return model(text, **arguments(model, joint, None, 2, T)).logits
+
+    logits = read([0, 1])
+    alone = reader(model.base_model, states[:, 11:])
     torch.testing.assert_close(logits[1:], model(text[1:], **arguments(model, alone, None, 1, T)).logits)
     # The order of the two makes no difference: each has its own positions.
-    swapped = reader(model.base_model, states[[1, 0, 2]], mask_of([7, 7, 7]) & mask_of([4, 7, 6])).grouped(
-        [2, 1]
-    )
-    torch.testing.assert_close(
-        logits, model(text, **arguments(model, swapped, None, 2, T)).logits, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits, read([1, 0]), atol=1e-4, rtol=1e-4)
 
 
 def test_weights_survive_saving_and_a_low_rank_is_smaller(model):
@@ -206,8 +206,6 @@ def test_rows_that_do_not_fit_the_contexts_are_refused():
     context = MergedReader(model.base_model)(model.base_model, torch.randn(2, S, 64))
     with pytest.raises(ValueError, match="3 decoder rows cannot share 2 contexts"):
         context.cache(model.config, 3)
-    with pytest.raises(ValueError, match="2 contexts cannot be divided"):
-        context.grouped([1])
 
 
 def test_encoding_stops_at_its_layer_and_knows_both_sides_of_padding(model):

@@ -11,6 +11,20 @@ FIGURES = {
     "bars without intervals": lambda: figures.bars([{"name": "a", "em": 0.5, "f1": 0.6}]),
     "lengths": lambda: figures.by_length({name: score(0.5)["by_context_tokens"] for name in NAMES}),
     "classes": lambda: figures.by_class({name: score(0.5)["by_class"] for name in NAMES}),
+    "numbers": lambda: figures.by_number(
+        [
+            {
+                "num_contexts": number,
+                "gold": gold,
+                "em": 0.5,
+                "em_low": 0.4,
+                "em_high": 0.6,
+                "first_token_s": 0.1,
+            }
+            for number in (1, 5)
+            for gold in (True, False)
+        ]
+    ),
     "loss": lambda: figures.loss_curve(
         [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "loss": None}]
     ),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dssk.evaluation.attention import attend
+from dssk.inference.attending import attend
 from dssk.inference.encoding import Encoder
 from dssk.inference.loading import load_model
 from dssk.report.samples import KEPT, SCALE, choose, dense, describe, is_right, with_attention

@@ -149,3 +149,8 @@ def test_pages_hold_the_answers_to_their_questions():
 def test_an_unknown_split_is_refused():
     with pytest.raises(DsskError, match="no split 'test' in the toy data, want one of train, val"):
         toy.generate("test", 1, seed=0)
+
+
+def test_both_splits_are_those_that_are_made_at_once():
+    made = {split: list(rows) for split, rows in toy.splits(30, seed=1).items()}
+    assert made == {split: toy.generate(split, 30, seed=1) for split in toy.SPLITS}

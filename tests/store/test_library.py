@@ -1,5 +1,6 @@
 """Libraries of contexts: what is kept, what is refused, and what a killed writer leaves."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -14,12 +15,14 @@ from dssk import prompts
 from dssk.errors import DamagedData, DsskError, Locked
 from dssk.inference.encoding import encode
 from dssk.inference.loading import load_base
+from dssk.inference.passages import Splitter
 from dssk.store import library, verify
 from dssk.store.dataset import load_rows
 from dssk.store.library import ContextLibrary
 from dssk.store.manifest import FileInfo, lock
 from dssk.store.opening import load_manifest
-from dssk.store.search import WordIndex
+from dssk.store.search import WordIndex, search
+from dssk.store.segments import SegmentFile
 from dssk.utils import files
 from tests.conftest import byte_tokenizer, fused, make_base
 
@@ -132,12 +135,92 @@ def test_small_segments_are_joined_and_full_ones_left_alone(filled, monkeypatch)
     assert list(filled) == ["mill", "bridge", "ann", "0", "1", "2", "3", "4", "more", "last"]
 
 
-def test_long_texts_are_cut_and_say_so(base_path, tmp_path):
+LONG = " ".join(f"Mill number {i} stands by the river." for i in range(9))
+
+
+def test_long_texts_become_passages_that_know_their_place(base_path, tmp_path):
+    opened = ContextLibrary(tmp_path / "library", model=base_path, maximum_input_length=100)
+    ids = opened.add(["short", LONG], ids=["short", "long"], titles=["", "Mills"])
+    assert ids == ["short", *(f"long#{number}" for number in range(1, len(ids)))]
+    passages = [opened.get(id) for id in ids[1:]]
+    assert len(passages) > 3
+    assert " ".join(LONG[passage.start : passage.end] for passage in passages) == LONG
+    for passage in passages:
+        assert (passage.document, passage.title, passage.truncated) == ("long", "Mills", False)
+        assert passage.n_tokens <= 100
+        states = passage.encoder_hidden_states.float()
+        torch.testing.assert_close(states, states_of(base_path, passage.text), atol=1e-2, rtol=1e-2)
+    assert (opened.get("short").document, opened.get("short").start, opened.get("short").end) == ("", 0, 5)
+    assert opened.search("mill number 8")[0].id == ids[-1]
+    for id in ("long", "long#1"):
+        with pytest.raises(DsskError, match=f"has a context '{id}'"):
+            opened.add(["again"], ids=[id])
+    opened.remove("long")
+    assert list(ContextLibrary(opened.path)) == ["short"]
+
+
+def test_the_size_of_passages_their_overlap_and_their_titles_can_be_chosen(base_path, tmp_path):
+    opened = ContextLibrary(tmp_path / "library", model=base_path)
+    splitter = Splitter(90, overlap=45, repeat_title=True)
+    ids = opened.add([LONG], ids=["long"], titles=["Mills"], splitter=splitter)
+    passages = [opened.get(id) for id in ids]
+    assert all(passage.text == f"Mills\n{LONG[passage.start : passage.end]}" for passage in passages)
+    assert all(one.end > two.start for one, two in itertools.pairwise(passages))
+    with pytest.raises(DsskError, match="want at most 256"):
+        opened.add(["a"], splitter=Splitter(257))
+
+
+def test_an_add_that_fails_half_way_leaves_what_was_there(filled, monkeypatch):
+    before = (filled.path / "manifest.json").read_bytes()
+    monkeypatch.setattr(library, "BLOCK_CONTEXTS", 1)
+    monkeypatch.setattr(library, "SEGMENT_BYTES", 1)
+    with pytest.raises(DsskError, match="has a context 'long#2'"):
+        filled.add(["taken", LONG * 2], ids=["long#2", "long"])
+    assert (filled.path / "manifest.json").read_bytes() == before
+    assert [hit.id for hit in ContextLibrary(filled.path).search("aston")] == ["bridge"]
+    filled.add(["one more"], ids=["more"])
+    assert list(ContextLibrary(filled.path)) == ["mill", "bridge", "ann", "more"]
+    assert {path.name for path in segments(filled)} == {Path(s.name).name for s in filled.manifest.segments}
+
+
+def test_long_texts_are_cut_where_that_is_asked_for_and_say_so(base_path, tmp_path):
     opened = ContextLibrary(tmp_path / "library", model=base_path, maximum_input_length=20)
-    opened.add(["short", "x" * 50], ids=["short", "long"])
+    opened.add(["short", "x" * 50], ids=["short", "long"], truncate=True)
     assert [(opened.get(id).n_tokens, opened.get(id).truncated) for id in opened] == [(14, False), (20, True)]
+    assert opened.num_tokens("x" * 50) == 59
     with pytest.raises(DsskError, match="maximum_input_length is 257, more than the 256 positions"):
         ContextLibrary(tmp_path / "other", model=base_path, maximum_input_length=257)
+
+
+def test_searching_several_indices_finds_what_one_of_all_texts_would():
+    texts = [f"{'mill ' * (i % 3)}river number {i} {'old' if i % 5 else 'tower'}" for i in range(40)]
+    texts += ["", "a"]
+    whole = WordIndex.of_texts(texts)
+    parts = [WordIndex.of_texts(texts[start : start + 7]) for start in range(0, len(texts), 7)]
+    for question in ("old mill", "the tower number 25", "mill river 7", "zeppelin"):
+        one, several = (dict(search(indices, question, 50)) for indices in ([whole], parts))
+        assert one.keys() == several.keys()
+        assert all(several[number] == pytest.approx(one[number], rel=0.35) for number in one)
+        assert next(iter(search(parts, question, 1)), None) == next(iter(several.items()), None)
+    assert search(parts, "25", 1)[0][0] == 25
+    assert search([], "mill", 3) == search([WordIndex.of_texts(["", ""])], "mill", 3) == []
+
+
+def test_a_change_indexes_what_it_writes_and_nothing_else(filled, monkeypatch):
+    monkeypatch.setattr(library, "SMALL_BYTES", 0)
+    indexed = []
+    made = WordIndex.of_texts
+    monkeypatch.setattr(WordIndex, "of_texts", lambda texts: indexed.append(len(texts)) or made(texts))
+    filled.add(["a tower", "a gate"], ids=["tower", "gate"])
+    filled.remove("gate")
+    assert indexed == [2, 1]
+    assert [hit.id for hit in filled.search("tower bridge", 5)] == ["tower", "bridge"]
+
+
+def test_opening_reads_no_ids_and_no_states(filled, monkeypatch):
+    monkeypatch.setattr(SegmentFile, "column", lambda *args: pytest.fail("ids were read"))
+    monkeypatch.setattr(SegmentFile, "states", lambda *args: pytest.fail("states were read"))
+    assert len(ContextLibrary(filled.path)) == 3
 
 
 def test_search_ranks_by_shared_words_and_finds_nothing_without_any(filled):
@@ -358,7 +441,7 @@ def test_the_index_is_read_from_the_disk(filled, monkeypatch):
     monkeypatch.setattr(WordIndex, "of_texts", lambda texts: pytest.fail("the index was made anew"))
     opened = ContextLibrary(filled.path)
     assert opened.search("mill bridge", 2) == expected
-    assert isinstance(opened._index._index.scores["data"], np.memmap)
+    assert isinstance(opened._indices[0]._index.scores["data"], np.memmap)
 
 
 def test_a_reader_meets_an_index_that_another_process_replaced(filled):

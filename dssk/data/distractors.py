@@ -1,0 +1,129 @@
+"""Distractors: contexts of other questions, which a question reads beside its own.
+
+They come from three sources that never overlap: the question's document, the contexts of other documents that share
+most words with the question (hard ones), and any context of another document (easy ones).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Literal
+
+import datasets
+import numpy as np
+
+from dssk.errors import DsskError
+from dssk.store.dataset import StoredContexts
+from dssk.store.search import WordIndex
+
+NEIGHBOURS = 20  # found for a question, of which some are drawn
+TRIES = 20  # draws of a random context before there is taken to be none left
+
+Source = Literal["document", "neighbours", "random"]
+
+
+class Distractors:
+    """Contexts by number, and draws among some of them. What is drawn depends on the arguments alone.
+
+    Raises `DsskError` for the source `document` where no context has a title.
+
+    Args:
+        titles: the title of each context's document; one without is a document by itself.
+        text: gives the text of a context by its number.
+        members: the numbers that are drawn from.
+        mix: how often each source is drawn from, in any unit. One that has no context left gives way to `random`.
+    """
+
+    def __init__(
+        self,
+        titles: Sequence[str],
+        text: Callable[[int], str],
+        members: Sequence[int],
+        mix: Mapping[Source, float],
+    ):
+        if mix.get("document") and not any(titles):
+            raise DsskError(
+                "distractors of the same document: the data do not say which contexts are of one. Preprocess them "
+                "again, or draw neighbours and random ones"
+            )
+        weights = np.array(list(mix.values()), dtype=float)
+        self._sources, self._shares = list(mix), weights / weights.sum()
+        self.text, self.members = text, np.asarray(members)
+        named = np.array([bool(title) for title in titles])
+        alone = np.arange(len(titles)) + len(titles)
+        self._documents = np.where(named, np.unique(titles, return_inverse=True)[1], alone)
+        self._by_document = self.members[np.argsort(self._documents[self.members], kind="stable")]
+        self._ordered = self._documents[self._by_document]
+        self._found: dict[str, list[int]] = {}
+
+    @classmethod
+    def of_split(
+        cls, rows: datasets.Dataset, contexts: StoredContexts, mix: Mapping[Source, float]
+    ) -> "Distractors":
+        """Those of a split of `load_rows`: the contexts of its questions, and all others of their documents."""
+        titles = contexts.column("title")
+        return cls(titles, contexts.text, members_of(rows, titles), mix)
+
+    def draw(
+        self,
+        own: int,
+        question: str,
+        count: int,
+        rng: np.random.Generator,
+        without: Sequence[str] = (),
+    ) -> list[int]:
+        """At most `count` distinct contexts beside number `own`, fewer if there are no more.
+
+        None in which one of the texts `without` stands, in any case.
+        """
+        chosen: list[int] = []
+        unwanted = [text.lower() for text in without]
+
+        def fits(number: int) -> bool:
+            if number in chosen or number == own:
+                return False
+            return not unwanted or not any(text in self.text(number).lower() for text in unwanted)
+
+        for place in rng.choice(len(self._sources), size=count, p=self._shares):
+            for source in dict.fromkeys((self._sources[place], "random")):
+                if (drawn := self._one(source, own, question, rng, fits)) is not None:
+                    chosen.append(drawn)
+                    break
+        return chosen
+
+    def _one(
+        self, source: str, own: int, question: str, rng: np.random.Generator, fits: Callable[[int], bool]
+    ) -> int | None:
+        if source == "random":
+            drawn = rng.choice(self.members, size=TRIES).tolist()
+            return next((n for n in drawn if self._documents[n] != self._documents[own] and fits(n)), None)
+        found = self._same_document(own) if source == "document" else self._neighbours(own, question)
+        found = [number for number in found if fits(number)]
+        return found[rng.integers(len(found))] if found else None
+
+    def _same_document(self, own: int) -> list[int]:
+        low, high = (np.searchsorted(self._ordered, self._documents[own], side) for side in ("left", "right"))
+        return self._by_document[low:high].tolist()
+
+    def _neighbours(self, own: int, question: str) -> list[int]:
+        if question not in self._found:
+            self._found[question] = [
+                int(self.members[place]) for place, _ in self._index.search(question, NEIGHBOURS)
+            ]
+        return [n for n in self._found[question] if self._documents[n] != self._documents[own]]
+
+    @cached_property
+    def _index(self) -> WordIndex:
+        return WordIndex.of_texts([self.text(number) for number in self.members.tolist()])
+
+
+def members_of(rows: datasets.Dataset, titles: Sequence[str]) -> list[int]:
+    """The contexts of the questions of a split, and all others of their documents."""
+    asked = set(context_numbers(rows).tolist())
+    documents = {titles[number] for number in asked} - {""}
+    return [number for number, title in enumerate(titles) if number in asked or title in documents]
+
+
+def context_numbers(rows: datasets.Dataset) -> np.ndarray:
+    """The number of each row's context in its store."""
+    column = rows.with_format("arrow").select_columns(["encoder_hidden_states"])[:]["encoder_hidden_states"]
+    return column.to_numpy()
