@@ -341,7 +341,7 @@ def test_rows_of_one_context_lie_together_and_those_of_rare_ones_make_steps_of_t
     )
     assert len(list(EpochSampler(3, 8, 0, None, np.zeros(3, int), together=4))) == 8
     few = np.repeat(np.arange(4), [4, 4, 1, 1])  # two rows alone fill no step
-    assert sorted(EpochSampler(10, 8, 0, lengths[:10], few, together=4)) == list(range(8))
+    assert sorted(EpochSampler(10, 8, 0, lambda epoch: lengths[:10], few, together=4)) == list(range(8))
 
 
 def test_random_states_survive_json():
