@@ -39,9 +39,10 @@ def trained(folder: Path) -> dict[str, Any]:
         }
     lines = [json.loads(line) for line in (folder / METRICS).open()]
     experiment = read_json(folder / "exp_dict.json", dict)
-    config = AutoConfig.from_pretrained(folder / "final")
     last = [line for line in lines if "cpu_seconds" in line][-1]
-    weights = (folder / f"checkpoint-{last['step']}" / "model.safetensors").read_bytes()
+    checkpoint = folder / f"checkpoint-{last['step']}"
+    config = AutoConfig.from_pretrained(checkpoint)
+    weights = (checkpoint / "model.safetensors").read_bytes()
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     sizes = {name: prod(info["shape"]) for name, info in header.items() if name != "__metadata__"}
     return {
