@@ -232,7 +232,7 @@ def test_the_hub_gets_the_model_and_gives_it_back(trained, base_path, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("token", "Invalid username or password"), ("public", "everyone can read it"), ("closed", "onnection")],
+    [("token", "Invalid username or password"), ("public", "everyone can read it"), ("closed", "onnect")],
 )
 def test_what_the_hub_refuses_is_one_line(trained, monkeypatch, fault, message):
     token = "hf_wrong" if fault == "token" else TOKEN

@@ -16,7 +16,7 @@ from transformers import GPTBigCodeConfig
 
 from dssk.checkpoint import latest_checkpoint
 from dssk.commands.train import parse_args
-from dssk.config import parse_experiment
+from dssk.config import expand_group, parse_experiment
 from dssk.errors import DsskError, EnvironmentFault
 from dssk.inference.loading import load_base_config
 from dssk.training.deepspeed_config import check_deepspeed_config
@@ -35,7 +35,7 @@ from tests.conftest import REPOSITORY, byte_tokenizer, experiment, make_base
 )
 def test_the_files_we_ship_suit_every_experiment(file):
     for experiments in EXP_GROUPS.values():
-        assert check_deepspeed_config(str(file), parse_experiment(experiments[0]), 4)
+        assert check_deepspeed_config(str(file), parse_experiment(expand_group(experiments)[0]), 4)
 
 
 def test_every_contradiction_is_named_at_once_with_both_values(tmp_path, base_path):
