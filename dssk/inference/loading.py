@@ -166,11 +166,16 @@ def load_tuned(folder: str | Path, base: str | Path, **how: Any) -> PreTrainedMo
 
     The adapters are merged, and then cost nothing when answering.
     """
-    if not (Path(folder) / ADAPTERS).is_file():
+    if not is_adapters(folder):
         return load_base(folder, **how)
     with loading(folder):
         tuned = peft().PeftModel.from_pretrained(load_base(base, **how), str(folder)).merge_and_unload()
     return tuned.eval().requires_grad_(False)
+
+
+def is_adapters(folder: str | Path) -> bool:
+    """Whether a folder holds LoRA adapters of peft."""
+    return (Path(folder) / ADAPTERS).is_file()
 
 
 def peft() -> Any:

@@ -9,6 +9,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -29,7 +30,7 @@ from dssk.inference.auto import from_base, fused_config
 from dssk.inference.base_init import base_init_, check_base_init
 from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
-from dssk.inference.loading import load_base_config, load_tuned
+from dssk.inference.loading import is_adapters, load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from dssk.models.configuration import BASE, FIELDS
 from dssk.models.copy_init import check_copy_init, copy_init_
@@ -143,6 +144,8 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
         raise DsskError(f"experiment: {error}") from None
     if cfg.several_contexts:
         load_contexts(run.data_path)
+    if isinstance(cfg.distill, str):
+        check_teacher(cfg.distill, base)
     if cfg.context_size > window(base):
         raise DsskError(
             f"context_size is {cfg.context_size}, {cfg.model_path} reads at most {window(base)} tokens"
@@ -153,6 +156,18 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
 def block_start(cfg: ExperimentConfig) -> str | None:
     """How blocks start; None without blocks."""
     return cfg.cross_attn_init if cfg.reader == "cross_attention" else None
+
+
+def check_teacher(folder: str, base: PreTrainedConfig) -> None:
+    """Refuse a folder that holds no tuned base, or one of another vocabulary."""
+    if is_adapters(folder):
+        return
+    tokens = load_base_config(folder).vocab_size
+    if tokens != base.vocab_size:
+        raise DsskError(
+            f"distill: {folder} knows {tokens} tokens, {base.name_or_path} knows {base.vocab_size}: want a teacher "
+            "that was tuned from that base"
+        )
 
 
 def check_without_val(cfg: ExperimentConfig) -> None:
@@ -253,13 +268,7 @@ def find_teacher(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> PreTrain
     """The base of a model, whose weights it shares, or the tuned one that the experiment names."""
     if not isinstance(cfg.distill, str):
         return model.plain_base()
-    teacher = load_tuned(cfg.distill, cfg.model_path, dtype=model.dtype, device=model.device)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise DsskError(
-            f"distill: {cfg.distill} has {teacher.config.vocab_size} tokens, {cfg.model_path} has "
-            f"{model.config.vocab_size}: want a teacher that was tuned from that base"
-        )
-    return teacher
+    return load_tuned(cfg.distill, cfg.model_path, dtype=model.dtype, device=model.device)
 
 
 def distinct_contexts(

@@ -181,6 +181,15 @@ def test_a_run_distils_documents_and_questions_from_adapters(run, base_path, tmp
         ({"distill": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_what_cannot_teach_is_refused(run, changes, message):
+def test_what_cannot_teach_is_refused(run, monkeypatch, changes, message):
+    monkeypatch.setattr("dssk.training.run.build_model", None)  # before anything is loaded
     with pytest.raises(DsskError, match=message):
         run("--steps", "1", **changes)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(run, tmp_path):
+    tiny_base("llama", tmp_path / "other")
+    with pytest.raises(
+        DsskError, match=r"other knows 64 tokens, .* knows 261: want a teacher that was tuned from"
+    ):
+        run("--steps", "1", distill=str(tmp_path / "other"))
