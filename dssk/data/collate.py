@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from dssk.inference.batching import IGNORED, length_mask, pack_states, pad_states, pad_tokens
+from dssk.inference.batching import length_mask, pack_states, pad_states, pad_tokens
+from dssk.models.loss import IGNORED
 from dssk.models.packing import groups_of
 
 
 class Collator:
     """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts, left-padded teacher's texts.
-
 
     With `share_contexts` a context that as many examples in a row have as any other is in the batch once for them.
     """

@@ -12,7 +12,6 @@ from dssk.config import ExperimentConfig
 from dssk.data.augment import FIM_PROB, REPETITION_TASKS, fill_in_the_middle
 from dssk.data.distractors import Distractors, context_numbers
 from dssk.errors import DsskError
-from dssk.inference.batching import IGNORED
 from dssk.inference.tokenizer import (
     fim_ids,
     leading_ids,
@@ -22,6 +21,7 @@ from dssk.inference.tokenizer import (
     tokenize_question,
     tokenize_question_after_context,
 )
+from dssk.models.loss import IGNORED
 from dssk.store.dataset import StoredContexts
 
 

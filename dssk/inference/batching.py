@@ -6,8 +6,6 @@ import torch
 
 from dssk.models.packing import groups_of
 
-IGNORED = -100  # label of a position that is not learned or scored, as in all of transformers
-
 
 def length_batches(
     lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dssk.inference.batching import IGNORED, length_mask, pack_states, pad_states, pad_tokens
+from dssk.inference.batching import length_mask, pack_states, pad_states, pad_tokens
+from dssk.models.loss import IGNORED
 from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
 from dssk.utils.defaults import MAX_NEW_TOKENS
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 134 MB of fp32
-IGNORED = -100  # label of a position that is not learned, as in all of transformers
+IGNORED = -100  # label of a position that is not learned or scored, as in all of transformers
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # states (N, d) -> logits (N, vocabulary)
 SoftTargets = tuple[torch.Tensor, torch.Tensor]  # (B, T, k) tokens and their shares of 1

@@ -28,13 +28,12 @@ from transformers import (
 from dssk.data.collate import Collator
 from dssk.errors import Diverged
 from dssk.evaluation.questions import Question
-from dssk.inference.batching import IGNORED
 from dssk.inference.loading import load_base, load_tuned, peft
 from dssk.inference.tokenizer import tokenize_answer
-from dssk.models.loss import next_token_loss, shifted
+from dssk.models.loss import IGNORED, next_token_loss, shifted
 from dssk.models.shapes import window
 from dssk.research.prompted import make_prompt
-from dssk.training.budget import SCHEDULE_STEPS, CpuBudget, StopAtBudget
+from dssk.training.budget import BudgetTrainer, CpuBudget, StopAtBudget
 from dssk.training.sampler import EpochSampler
 from dssk.utils import files
 from dssk.utils.console import watched
@@ -156,7 +155,7 @@ def whole(example: dict[str, Any]) -> dict[str, list[int]]:
     }
 
 
-class PrefixTrainer(Trainer):
+class PrefixTrainer(BudgetTrainer):
     """Trainer whose batches hold contexts (C, S) and B texts after them, B / C after each; it reads each once."""
 
     def __init__(self, *args: Any, settings: FineTuning, budget: CpuBudget, **kwargs: Any):
@@ -165,24 +164,17 @@ class PrefixTrainer(Trainer):
         self.budget = budget
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        together = self.settings.questions_per_context
+        settings = self.settings
+        together = settings.questions_per_context
         if together == 1:
             return super()._get_train_sampler(train_dataset)
         data: Any = self.train_dataset
         numbers = {text: number for number, text in enumerate({example["context"]: 0 for example in data})}
         contexts = np.array([numbers[example["context"]] for example in data])
         lengths = np.array([len(example["context"]) for example in data])
-        settings = self.settings
         return EpochSampler(
             len(data), settings.batch_size, settings.seed, lambda epoch: lengths, contexts, together
         )
-
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        if self.budget.limit is None:
-            return super().create_scheduler(num_training_steps, *args, **kwargs)
-        scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
-        self.budget.decide(scheduler)
-        return scheduler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if "context_input_ids" not in inputs:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 SCHEDULE_STEPS = 10_000  # that a schedule is divided into when time decides how far it is
@@ -55,6 +55,19 @@ class CpuBudget:
 
     def _by_time(self, rate: Any) -> Any:
         return lambda step: rate(max(1, round(self.share * SCHEDULE_STEPS)))
+
+
+class BudgetTrainer(Trainer):
+    """Trainer whose learning rate follows the time of `budget`, if that has a limit."""
+
+    budget: CpuBudget
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.budget.limit is None:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
+        self.budget.decide(scheduler)
+        return scheduler
 
 
 class StopAtBudget(TrainerCallback):

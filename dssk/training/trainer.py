@@ -14,7 +14,7 @@ from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
 from dssk.training import state
 from dssk.training.best import best_evaluation
-from dssk.training.budget import SCHEDULE_STEPS, CpuBudget
+from dssk.training.budget import BudgetTrainer, CpuBudget
 from dssk.training.distill import Teacher, for_student
 from dssk.training.sampler import EpochSampler, context_numbers, text_lengths
 from dssk.training.stopping import LeaveTraining
@@ -23,7 +23,7 @@ from dssk.utils.files import publish_json
 MAX_ROWS_NAMED = 8
 
 
-class CrossAttnTrainer(Trainer):
+class CrossAttnTrainer(BudgetTrainer):
     """Trainer for a `CrossAttnForCausalLM`.
 
     `facts` go into each checkpoint's manifest. `score_answers` is called in evaluation, on all ranks, and adds to
@@ -148,13 +148,6 @@ class CrossAttnTrainer(Trainer):
         if self.cfg.adam_moments == "bf16":
             optimizer.register_step_post_hook(state.MomentRounding(self.cfg.seed))
         return optimizer
-
-    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
-        if self.budget.limit is None:
-            return super().create_scheduler(num_training_steps, *args, **kwargs)
-        scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
-        self.budget.decide(scheduler)
-        return scheduler
 
     # --- evaluation
 

@@ -12,8 +12,9 @@ from dssk.config import parse_experiment
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset
 from dssk.errors import DsskError
-from dssk.inference.batching import IGNORED, length_mask, pad_states, pad_tokens
+from dssk.inference.batching import length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
+from dssk.models.loss import IGNORED
 from dssk.store.dataset import load_contexts, load_rows
 from tests.conftest import byte_tokenizer, experiment
 

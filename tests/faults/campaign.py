@@ -195,6 +195,17 @@ def main(
     sys.exit(run_campaign(make_case, what, **vars(args)))
 
 
+def main_of_commands(doc: str, run_all: Callable[..., int], count: int, minutes: float) -> None:
+    """The command line of what tries each command of a list so many times; `count` and `minutes` are defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=count, help="for each command (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--of", nargs="+", default=[], metavar="COMMAND", help="only these")
+    parser.add_argument("--minutes", type=float, default=minutes, help="begin no further one after these")
+    args = parser.parse_args()
+    sys.exit(run_all(args.count, args.seed, args.of, args.minutes))
+
+
 def run_campaign(
     make_case: Callable[[Campaign, random.Random, Path], Case],
     what: str,

@@ -4,7 +4,6 @@
 killed it, and leaves nothing of the killed one behind.
 """
 
-import argparse
 import hashlib
 import random
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults import world
-from tests.faults.campaign import Campaign
+from tests.faults.campaign import Campaign, main_of_commands
 from tests.faults.processes import Done, Running, run
 
 MINUTES = 60
@@ -215,15 +214,7 @@ def kill_all(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=100, help="for each command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--of", nargs="+", default=[], metavar="COMMAND", help="only these")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no further one after these")
-    args = parser.parse_args()
-    sys.exit(kill_all(args.count, args.seed, args.of, args.minutes))
+    main_of_commands(__doc__ or "", kill_all, 100, MINUTES)
 
 
 if __name__ == "__main__":

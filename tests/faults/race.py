@@ -4,10 +4,8 @@
 of them goes on and ends right; the other does so after it, or says in one line who holds the folder (exit code 6).
 """
 
-import argparse
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults import world
-from tests.faults.campaign import Campaign, Case, broken_rule
+from tests.faults.campaign import Campaign, Case, broken_rule, main_of_commands
 from tests.faults.kill import convert, look, make_wheel
 from tests.faults.processes import Done, Running, run
 
@@ -145,15 +143,7 @@ def race_all(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=20, help="of each command")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--of", nargs="+", default=[], metavar="COMMAND", help="only these")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no further one after these")
-    args = parser.parse_args()
-    sys.exit(race_all(args.count, args.seed, args.of, args.minutes))
+    main_of_commands(__doc__ or "", race_all, 20, MINUTES)
 
 
 if __name__ == "__main__":

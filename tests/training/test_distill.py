@@ -10,8 +10,9 @@ from dssk.config import parse_experiment
 from dssk.data.collate import Collator
 from dssk.data.dataset import TUNED_SHARE, CrossAttnDataset
 from dssk.errors import DsskError
-from dssk.inference.batching import IGNORED, length_mask, pad_tokens
+from dssk.inference.batching import length_mask, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
+from dssk.models.loss import IGNORED
 from dssk.models.modeling import is_cross_attn
 from dssk.training import distill
 from dssk.training.distill import TOP_TOKENS, Teacher, for_student
