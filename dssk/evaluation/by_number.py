@@ -51,7 +51,14 @@ def parse_sources(text: str) -> dict[Source, float]:
     return {known[name]: 1.0 for name in text.split(",")}
 
 
-def drawn(control: str, questions: QuestionSet, mix: dict[Source, float]) -> list[tuple[int, ...] | None]:
+def distractors_of(questions: QuestionSet, mix: dict[Source, float]) -> Distractors:
+    """Where the others come from: all contexts of the split, by the shares of `mix`."""
+    assert questions.pool is not None
+    pool = questions.pool
+    return Distractors(pool.titles, pool.text, pool.members, mix)
+
+
+def drawn(control: str, questions: QuestionSet, distractors: Distractors) -> list[tuple[int, ...] | None]:
     """The contexts that each row reads under a control, by number in the pool; None where there are not as many.
 
     Where its own context is missing there are none either that say an answer of the question.
@@ -60,7 +67,6 @@ def drawn(control: str, questions: QuestionSet, mix: dict[Source, float]) -> lis
     pool = questions.pool
     kind, number = control.rsplit("_", 1)
     gold = f"{kind}_" == WITH
-    distractors = Distractors(pool.titles, pool.text, pool.members, mix)
     rows: list[tuple[int, ...] | None] = []
     for row, asked in enumerate(questions.rows):
         rng = np.random.default_rng([row, int(number), gold])
@@ -143,7 +149,7 @@ def rows(scores: dict[str, Any], set_name: str, seed: int) -> list[dict[str, Any
             "num_contexts": int(name.rsplit("_", 1)[1]),
             "gold": name.startswith(WITH),
         }
-        | {column: score.get(column) for column in columns if column in score}
+        | {column: score[column] for column in columns if column in score}
         for name, score in scores.items()
         if name.startswith((WITH, WITHOUT))
     ]

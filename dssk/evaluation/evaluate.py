@@ -14,7 +14,7 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from dssk.data.distractors import Source
+from dssk.data.distractors import Distractors, Source
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
@@ -65,8 +65,9 @@ class CrossAttentionSystem:
         self.tokenizer = tokenizer
         self.questions = questions
         self.max_new_tokens = max_new_tokens
+        distractors = by_number.distractors_of(questions, mix) if mix and questions.pool else None
         self.trials: dict[str, Sequence[Trial | None]] = {
-            control: trials(control, questions, mix) for control in controls
+            control: trials(control, questions, distractors) for control in controls
         }
 
     def __call__(self, rows: list[int]) -> list[Answers]:
@@ -128,12 +129,12 @@ class CrossAttentionSystem:
 
 
 def trials(
-    control: str, questions: QuestionSet, mix: dict[Source, float] | None = None
+    control: str, questions: QuestionSet, distractors: Distractors | None = None
 ) -> Sequence[Trial | None]:
     """The trial of each row under a control; None where a row cannot be put to it."""
     rows = range(len(questions))
-    if mix and control not in CONTROLS:
-        read = by_number.drawn(control, questions, mix)
+    if distractors and control not in CONTROLS:
+        read = by_number.drawn(control, questions, distractors)
         return [
             None if several is None else Trial(row, None, several=several) for row, several in enumerate(read)
         ]

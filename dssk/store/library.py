@@ -312,7 +312,9 @@ class ContextLibrary:
     def remove(self, ids: str | Iterable[str]) -> None:
         """Forget contexts, all of them or none, and free their space; the id of a long text is that of its passages."""
         with self._writing():
-            gone = {place for id in ([ids] if isinstance(ids, str) else ids) for place in self._found(id)}
+            passages = self._passages()
+            wanted = [ids] if isinstance(ids, str) else ids
+            gone = {place for id in wanted for place in passages.get(id) or [self._find(id)]}
             segments: list[Segment] = []
             for segment, places in self._by_segment():
                 kept = [place for place in places if place not in gone]
@@ -322,15 +324,14 @@ class ContextLibrary:
                     segments += map(self._write, self._tables(kept))
             self._publish(segments)
 
-    def _found(self, id: str) -> list[Place]:
-        """The context of an id, or all passages of the text of that id."""
-        passages = [
-            Place(segment, row)
-            for segment in self._segments
-            for row, document in enumerate(segment.column("document", ""))
-            if document == id
-        ]
-        return passages or [self._find(id)]
+    def _passages(self) -> dict[str, list[Place]]:
+        """The passages of each text that is kept as such, by its id."""
+        passages: dict[str, list[Place]] = {}
+        for segment in self._segments:
+            for row, document in enumerate(segment.column("document", "")):
+                if document:
+                    passages.setdefault(document, []).append(Place(segment, row))
+        return passages
 
     def _create(self, manifest: Manifest) -> None:
         files.make_folder(self.path.parent)

@@ -25,8 +25,12 @@ def questions(loaded, store_path):
     return load_questions(str(store_path), tokenizer, model.config, with_pool=True)
 
 
+def drawn(control, questions, mix):
+    return by_number.drawn(control, questions, by_number.distractors_of(questions, mix))
+
+
 def test_the_right_context_stands_at_a_random_place_among_distinct_others(questions):
-    rows = by_number.drawn("contexts_4", questions, RANDOM)
+    rows = drawn("contexts_4", questions, RANDOM)
     places = set()
     for row, read in enumerate(rows):
         own = questions.pool.of_row[row]
@@ -35,17 +39,17 @@ def test_the_right_context_stands_at_a_random_place_among_distinct_others(questi
         assert own in read
         places.add(read.index(own))
     assert len(places) > 1
-    assert rows == by_number.drawn("contexts_4", questions, RANDOM)
-    assert {len(read) for read in by_number.drawn("contexts_1", questions, RANDOM)} == {1}
+    assert rows == drawn("contexts_4", questions, RANDOM)
+    assert {len(read) for read in drawn("contexts_1", questions, RANDOM)} == {1}
 
 
 def test_without_the_right_context_no_other_says_the_answer(questions):
-    for row, read in enumerate(by_number.drawn("missing_3", questions, RANDOM)):
+    for row, read in enumerate(drawn("missing_3", questions, RANDOM)):
         texts = [questions.pool.text(number) for number in read]
         assert len(set(texts)) == 3
         assert questions.rows[row].context not in texts
         assert not any(questions.rows[row].answers[0] in text for text in texts)
-    assert set(by_number.drawn("missing_40", questions, RANDOM)) == {None}  # val has six contexts
+    assert set(drawn("missing_40", questions, RANDOM)) == {None}  # val has six contexts
 
 
 def test_the_answer_without_the_right_context_is_that_there_is_none(questions):
@@ -104,7 +108,7 @@ def test_raw_questions_have_their_documents_for_distractors(loaded, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = load_questions(str(file), tokenizer, model.config, limit=3, with_pool=True)
     assert len(questions) == 3
-    for read in by_number.drawn("contexts_3", questions, {"document": 1.0}):
+    for read in drawn("contexts_3", questions, {"document": 1.0}):
         assert len({questions.pool.titles[number] for number in read}) == 1
     states = questions.pool.states(model, [0, 5])
     assert [s.shape[1] for s in states] == [32, 32]
