@@ -109,7 +109,7 @@ def encoding_rates(folder: Path, lengths: np.ndarray, output: str) -> tuple[dict
     assert job is not None
     model = encoding.load_model(job, 0)
     shards = range(len(job.plan.shards))
-    batches = [batch.input_ids for index in shards for batch, _ in encoding.batches(job, index)]
+    batches = [batch.input_ids for index in shards for batch, *_ in encoding.batches(job, index)]
     contexts = [ids for batch in batches for ids in batch]
     random.Random(1).shuffle(contexts)  # as they come in a source
     starts = range(0, len(contexts), ENCODE_BATCH_SIZE)
