@@ -155,7 +155,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         return row, [own, *distractors.draw(own, row["question"], count - 1, rng)]
 
     def _question(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
-        prompt = tokenize_question(self.tokenizer, row["question"])
+        prompt = tokenize_question(self.tokenizer, row["question"], self.cfg.reader)
         answer = tokenize_answer(self.tokenizer, row["answer"])
         if self.training and self.cfg.do_repetition_augmentations:
             tasks = REPETITION_TASKS if self.distractors is None else REPETITION_TASKS[:-1]  # which context?

@@ -113,7 +113,7 @@ def cost(
     for row in tqdm([chosen[0], *chosen], desc="cost", disable=None):
         read = several[row]
         assert read is not None
-        prompt = tokenize_question(tokenizer, questions.rows[row].question)
+        prompt = tokenize_question(tokenizer, questions.rows[row].question, model.config.reader)
         states = questions.pool.states(model, read)
         clock = Clock(model.device)
         with torch.no_grad():

@@ -82,7 +82,10 @@ class CrossAttentionSystem:
 
     def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
         asked = self.questions.rows
-        prompted = [tokenize_question(self.tokenizer, asked[trial.question].question) for trial in chosen]
+        prompted = [
+            tokenize_question(self.tokenizer, asked[trial.question].question, self.model.config.reader)
+            for trial in chosen
+        ]
         targets = [tokenize_answer(self.tokenizer, asked[row].answers[0]) for row in rows]
         context = self._context(rows, chosen)  # projected once for both
         texts = generate_batch(self.model, self.tokenizer, prompted, self.max_new_tokens, **context)

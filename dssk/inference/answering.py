@@ -157,7 +157,7 @@ def _tokenize(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int
 ) -> list[Tokens]:
     positions = window(model.config)
-    tokens = [tokenize_question(tokenizer, question) for question in questions]
+    tokens = [tokenize_question(tokenizer, question, model.config.reader) for question in questions]
     for question, ids in zip(questions, tokens, strict=True):
         if len(ids) + max_new_tokens > positions:
             raise DsskError(

@@ -53,7 +53,7 @@ def attend(
     The model is left as it was, its attention implementation included. `context_texts` cuts a context's text into the
     pieces that the weights belong to. Raises `ValueError` if the answer has no tokens.
     """
-    prompt = tokenize_question(tokenizer, question)
+    prompt = tokenize_question(tokenizer, question, model.config.reader)
     *target, _ = tokenize_answer(tokenizer, answer)
     if not target:
         raise ValueError("an answer without tokens attends to nothing")

@@ -87,8 +87,15 @@ def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) 
     return [leading + ids for ids in encoded["input_ids"]]
 
 
-def tokenize_question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What the decoder reads before it answers."""
+def tokenize_question(
+    tokenizer: PreTrainedTokenizerBase, text: str, reader: str = "cross_attention"
+) -> list[int]:
+    """What the decoder reads before it answers.
+
+    A merged reader's context stands before it in the same cache: it goes on from there as a prompt does.
+    """
+    if reader == "merged":
+        return tokenize_question_after_context(tokenizer, text)
     return leading_ids(tokenizer) + tokenize(tokenizer, prompts.question(text))
 
 

@@ -23,8 +23,9 @@ RUN_WORDS = 12  # that two paragraphs have in common if one is the other with so
 SHARED_QUESTIONS = 4  # of a paragraph that is worth its reading in training
 HELD_OUT = 300  # rows of NQ-Swap, at least
 WATCHED_CONTEXTS = 16  # of SQuAD, kept for `val`
-SINGLES = {"squad": 1000, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
-LONGEST_SINGLE = 2000  # characters of such a paragraph
+SINGLES = {"squad": 600, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
+# Characters of a paragraph that is trained on: short ones teach more questions a minute.
+LONGEST_SHARED, LONGEST_SINGLE = 900, 600
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>")
 
@@ -97,7 +98,11 @@ def divide(squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA]) -> d
     by_context: dict[str, list[QA]] = defaultdict(list)
     for row in squad:
         by_context[row.context].append(row)
-    shared = [rows for rows in by_context.values() if len(rows) >= SHARED_QUESTIONS]
+    shared = [
+        rows
+        for context, rows in by_context.items()
+        if len(rows) >= SHARED_QUESTIONS and len(context) <= LONGEST_SHARED
+    ]
     single = [row for rows in by_context.values() if len(rows) < SHARED_QUESTIONS for row in rows]
     watched = set(_drawn({rows[0].context for rows in shared}, str)[:WATCHED_CONTEXTS])
     return {

@@ -46,7 +46,9 @@ def folder(base_path, tmp_path):
     [
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"id": "one", "title": "T", "text": "first"}\n{"id": 2, "text": "second"}\n', mtime=0),
+            gzip.compress(
+                b'{"id": "one", "title": "T", "text": "first"}\n{"id": 2, "text": "second"}\n', mtime=0
+            ),
         ),
         ("a.csv", b"\xef\xbb\xbfid,title,context\none,T,first\n2,,second\n"),
         ("a.tsv", b"id\ttitle\ttext\none\tT\tfirst\n2\t\tsecond\n"),

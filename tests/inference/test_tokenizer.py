@@ -55,6 +55,7 @@ def test_bos_stands_first_in_contexts_and_before_questions_and_nowhere_else(llam
         assert bos not in ids[1:]
     assert llama.decode(tokenize_context(llama, "a b")[1:]) == prompts.context("a b")
     assert bos not in tokenize_question_after_context(llama, "a b")
+    assert tokenize_question(llama, "a b", "merged") == tokenize_question_after_context(llama, "a b")
 
 
 def test_every_leading_token_counts_and_no_trailing_one(tmp_path):
