@@ -319,6 +319,15 @@ def test_a_context_is_projected_once_for_all_tokens_beams_and_questions(base_pat
     assert projected.nbytes == 2 * 2 * 9 * 32 * 4  # blocks x (keys, values) x tokens x width x fp32
 
 
+def test_a_context_without_padding_is_read_without_a_mask_which_takes_faster_kernels(base_path, tokens):
+    model = fused(base_path)
+    states, mask = model.encode(tokens(2, 9))
+    assert mask.all()
+    assert model.project_context(states, mask).mask is None
+    mask[1, -2:] = False
+    assert torch.equal(model.project_context(states, mask).mask, mask)
+
+
 def test_context_tokens_given_to_generate_are_encoded_once(base_path, tokens, monkeypatch):
     model, calls = fused(base_path), []
     encode = model.encode
