@@ -249,7 +249,7 @@ EXP_GROUPS = {
             "questions_per_context": 4,
             "train_batch_size": 16,
             "test_batch_size": 16,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-4,
             "lr_scheduler_type": "linear",
             "warmup_ratio": 0.02,
             "adam_beta2": 0.98,
