@@ -63,7 +63,7 @@ real: install
 		--encode_layer 18 --data_cache_path $(REAL)/nq_swap
 	$(BIN)/dssk train -e merged_smollm2-135m --set model_path=$(REAL)/base --set seed=$(SEED) \
 		--data_path $(REAL)/train/processed_data/base -sb $(REAL)/runs --steps 1_000_000 --minutes $(MINUTES) \
-		--log_every 25 --generation_eval_samples 16
+		--log_every 50 --generation_eval_samples 16
 	$(BIN)/dssk compare --checkpoint $(REAL)/runs --data_path $(REAL)/train/processed_data/base \
 		--systems cross_attention,prompted_examples --controls with_context,no_context,wrong_context \
 		--eval xquad=$(REAL)/xquad/processed_data/base --eval nq_swap=$(REAL)/nq_swap/processed_data/base \
