@@ -60,10 +60,6 @@ class ExperimentConfig(BaseModel):
         description="a block follows its decoder layer instead of preceding it"
     )
     cross_attn_shared_projections: bool = Field(description="queries and keys use one projection")
-    cross_attn_context_mean: bool = Field(
-        default=False,
-        description="keys and values also see the mean of their context's states: tells several contexts apart",
-    )
     cross_attn_hidden_size: int | None = Field(
         ge=1, le=MAX_WIDTH, description="width of the blocks; None: the decoder's"
     )

@@ -52,8 +52,6 @@ class CrossAttnConfig(_Base):
         cross_attn_shared_projections: queries and keys use one projection.
         cross_attn_hidden_size: width of queries, keys and values; `None` for the decoder's hidden size.
         cross_attn_num_attention_heads: `None` for as many as the decoder's.
-        cross_attn_context_mean: keys and values are made of a state and, beside it, the mean of its context's states:
-            tokens of a context that say the same as another's are told apart by what the whole context is about.
         cross_attn_num_key_value_heads: fewer than the attention heads shrink the projected context; `None` for all
             heads, `"base"` for the share of heads that the base's own attention has.
         cross_attn_norm: `"layer_norm"`, `"rms_norm"`, or `"base"` for the kind the base has.
@@ -79,7 +77,6 @@ class CrossAttnConfig(_Base):
     cross_attn_dropout_prob: float | int = 0.0
     cross_attn_final_layer: bool = False
     cross_attn_shared_projections: bool = False
-    cross_attn_context_mean: bool = False
     cross_attn_hidden_size: int | None = None
     cross_attn_num_attention_heads: int | None = None
     cross_attn_num_key_value_heads: int | str | None = None
@@ -150,13 +147,6 @@ class CrossAttnConfig(_Base):
             raise ValueError(
                 "cross_attn_shared_projections gives keys as many heads as queries: got "
                 f"cross_attn_num_key_value_heads {kv_heads}, want {heads} or null"
-            )
-        if self.cross_attn_context_mean and (
-            self.cross_attn_shared_projections or self.cross_attn_init in ("copy", BASE)
-        ):
-            raise ValueError(
-                "cross_attn_context_mean widens the projection of keys: it goes with cross_attn_shared_projections false "
-                "and cross_attn_init zero or normal"
             )
         if not 0 <= self.cross_attn_dropout_prob < 1:
             raise ValueError(f"cross_attn_dropout_prob is {self.cross_attn_dropout_prob}, want 0 <= p < 1")

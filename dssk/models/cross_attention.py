@@ -82,13 +82,12 @@ class CrossAttention(nn.Module):
         self.head_dim = width // self.num_heads
         self.scaling = self.head_dim**-0.5
         kv_width = self.num_kv_heads * self.head_dim
-        context_width = config.hidden_size * (2 if config.cross_attn_context_mean else 1)
         if config.cross_attn_shared_projections:
             self.q_k_attn = CrossAttnLinear(config.hidden_size, width)
         else:
             self.q_attn = CrossAttnLinear(config.hidden_size, width)
-            self.k_attn = CrossAttnLinear(context_width, kv_width)
-        self.v_attn = CrossAttnLinear(context_width, kv_width)
+            self.k_attn = CrossAttnLinear(config.hidden_size, kv_width)
+        self.v_attn = CrossAttnLinear(config.hidden_size, kv_width)
         self.c_proj = CrossAttnOutput(width, config.hidden_size)
         self.standardizes: bool = config.cross_attn_init == BASE
         if self.standardizes:
@@ -143,7 +142,7 @@ class CrossAttention(nn.Module):
         return self.c_proj(attended), weights
 
     def _project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (C, K, S, D) of encoder states (C, S, d), or (C, S, 2 d) with their context's mean."""
+        """Keys and values (C, K, S, D) of encoder states (C, S, d)."""
         to_keys = self.q_k_attn if self.config.cross_attn_shared_projections else self.k_attn
         if self.standardizes:
             states = (normalized(states) - self.shift) * self.scale

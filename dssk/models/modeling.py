@@ -34,7 +34,7 @@ from dssk.models.decoder_lora import Adapter, place_adapters
 from dssk.models.layers import encode_states, extend, find_layers
 from dssk.models.loss import SoftTargets, next_token_loss, shifted
 from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
-from dssk.models.packing import Packing, with_mean, with_packed_mean
+from dssk.models.packing import Packing
 from dssk.models.reading import (
     Attentions,
     Reading,
@@ -139,10 +139,6 @@ class CrossAttnPreTrainedModel(_Base):
             layer.training = mode
         return self
 
-    @property
-    def _reader_dtype(self) -> torch.dtype:
-        return self.cross_attn_blocks[0].attn.v_attn.weight.dtype
-
     def project_context(
         self,
         encoder_hidden_states: torch.Tensor,
@@ -181,8 +177,6 @@ class CrossAttnPreTrainedModel(_Base):
             return reading.during(None, self.cross_attn_blocks[0], self.base_model, states, tokens, hidden)
         if mask is not None and not self.training and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # attention without a mask takes the faster kernels
-        if self.config.cross_attn_context_mean:
-            states = with_mean(states.to(self._reader_dtype), tokens)
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None if mask is None else mask.to(keys[0].device))
 
@@ -203,8 +197,6 @@ class CrossAttnPreTrainedModel(_Base):
                 None, self.cross_attn_blocks[0], self.base_model, states, positions=positions
             )
             return whole.gathered(tokens, mask, packing.row_lengths().amax(1))
-        if self.config.cross_attn_context_mean:
-            states = with_packed_mean(states.to(self._reader_dtype), packing.lengths)
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None).gathered(tokens, mask)
 

@@ -63,22 +63,6 @@ class Packing:
         return torch.where(visible, starts + within, 0), visible
 
 
-def with_mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(C, S, 2 d): states (C, S, d) and, beside each, the mean of its context's, over the tokens of `mask` (C, S)."""
-    weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
-    total = (states * weights[..., None]).sum(1, keepdim=True)
-    mean = total / weights.sum(1).clamp(min=1)[:, None, None]
-    return torch.cat([states, mean.expand_as(states)], -1)
-
-
-def with_packed_mean(states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(1, N, 2 d): the same for packed contexts (1, N, d) of `lengths` (C,)."""
-    owner = torch.arange(len(lengths), device=states.device).repeat_interleave(lengths.to(states.device))
-    total = states.new_zeros(len(lengths), states.shape[-1]).index_add(0, owner, states[0])
-    mean = total / lengths.to(states)[:, None].clamp(min=1)
-    return torch.cat([states, mean[owner][None]], -1)
-
-
 def groups_of(several: Sequence[Sequence[int]]) -> torch.Tensor:
     """(B, M) from the numbers of the contexts of each row."""
     groups = torch.full((len(several), max(map(len, several))), -1)

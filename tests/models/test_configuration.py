@@ -40,7 +40,6 @@ def test_a_layout_is_refused_exactly_when_it_would_need_a_layer_below_the_first(
         ({"cross_attn_num_key_value_heads": 3}, "4 is not a multiple of cross_attn_num_key_value_heads 3"),
         ({"cross_attn_shared_projections": True, "cross_attn_num_key_value_heads": 1}, "as many heads"),
         ({"cross_attn_dropout_prob": 1.0}, "want 0 <= p < 1"),
-        ({"cross_attn_context_mean": True, "cross_attn_init": "copy"}, "cross_attn_init zero or normal"),
         ({"cross_attn_init": "ones"}, "want one of zero, normal, copy"),
         ({"num_cross_attn_layers": 0}, "at least 1"),
     ],

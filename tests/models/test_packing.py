@@ -74,22 +74,6 @@ def test_a_context_that_a_row_does_not_name_does_not_reach_it(model, packed, tok
     assert not torch.allclose(before[1], after[1])
 
 
-@torch.no_grad()
-def test_a_state_is_read_beside_the_mean_of_its_own_context_packed_or_padded(base_path, tokens):
-    model, ids = fused(base_path, cross_attn_context_mean=True, cross_attn_init="normal"), tokens(2, 6)
-    states, mask = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool)
-    mask[1, 4:] = False
-    padded = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
-    packed = {"encoder_hidden_states": states[mask][None], "context_lengths": torch.tensor([9, 4])}
-    torch.testing.assert_close(model(ids, **packed).logits, padded, atol=1e-5, rtol=1e-4)
-    short = model(ids[1:], encoder_hidden_states=states[1:, :4]).logits
-    torch.testing.assert_close(short, padded[1:], atol=1e-5, rtol=1e-4)
-    # Two contexts with one token in common: it is not the same token any more.
-    keys = model.project_context(states).keys[0]
-    states[1, 0] = states[0, 0]
-    assert not torch.allclose(model.project_context(states).keys[0][1, :, 0], keys[0, :, 0], atol=1e-3)
-
-
 def test_tokens_of_packed_contexts_are_encoded_online(base_path, tokens):
     model, ids, contexts = fused(base_path), tokens(2, 6), tokens(2, 9)
     mask = torch.ones(2, 9, dtype=torch.bool)
