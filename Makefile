@@ -4,7 +4,8 @@ SEED ?= 0
 MINUTES ?= 30
 REAL ?= runs/real
 BIN := .venv/bin
-PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+# Python compiles what it imports; pip would compile every file of every library, which takes longer than to unpack them.
+PIP := $(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt
 TOY = runs/demo/seed-$(SEED)
 
 .PHONY: install install-test demo compare real lint test test-slurm test-faults test-launchers test-transformers bench-model bench-data bench-train clean
