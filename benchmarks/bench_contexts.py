@@ -1,10 +1,19 @@
-"""Several contexts a question, on the toy: `python benchmarks/bench_contexts.py [--seeds 0 1 2] [--steps 1200]`.
+"""Several contexts a question, on the toy or on a real base.
 
-For each seed it makes the base, encodes, trains with one context and with several for equally many questions, and
-scores both by the number of contexts. About ten minutes a seed on a quiet machine. Rows go to
-benchmarks/results/contexts.json: {set, seed, num_contexts, gold, n, em, em_low, em_high, f1, right_beats_wrong,
-first_token_s, tokens_per_s, bytes}; `set` is toy for the model trained on several, toy_one for the other. A row
-{set, seed, training_seconds} says what training took, without evaluations.
+    python benchmarks/bench_contexts.py [--seeds 0 1 2] [--steps 1200]
+    python benchmarks/bench_contexts.py --checkpoint C --questions HELD_OUT.jsonl --passages SQUAD.jsonl.gz
+
+On the toy, for each seed it makes the base, encodes, trains with one context and with several for equally many
+questions, and scores both by the number of contexts. About ten minutes a seed on a quiet machine. With a checkpoint
+(or a run's folder, or a fused model) of a real base it encodes the contexts of both files and scores the questions of
+the first one, each among other passages of its article, beside prompting the same base; the same command goes on
+where it was stopped.
+
+Rows go to benchmarks/results/contexts.json, in place of those of the same set and seed: {set, seed, num_contexts,
+gold, n, em, em_low, em_high, f1, right_beats_wrong, first_token_s, tokens_per_s, bytes}. `set` is toy for the model
+trained on several, toy_one for the other, squad for a real base. Rows of squad also say the `system` and how many
+`contexts_left_out` of a prompt on average. A row {set, seed, training_seconds} says what training took, without
+evaluations.
 """
 
 import argparse
@@ -17,6 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dssk.evaluation import by_number
+from dssk.inference.loading import find_encode_layer, find_model, load_config
+from dssk.models.shapes import window
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "contexts.json"
@@ -42,16 +53,68 @@ def rows_of(seed: int, name: str, folder: Path, steps: int, numbers: str) -> lis
     return [*by_number.rows(scores, name, seed), taken]
 
 
+def real_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Score a checkpoint, and the prompted base, by the number of passages of one article."""
+    folder = args.output.resolve() / "squad"
+    config: Any = load_config(find_model(args.checkpoint))
+    base, revision = str(config.base_model_name_or_path), config.base_model_revision
+    model = ["--embedding_model", base, "--encode_layer", find_encode_layer(args.checkpoint)]
+    model += [
+        "--maximum_input_length",
+        min(4096, window(config)),
+        *(["--revision", revision] if revision else []),
+    ]
+    # A passage of both files is one of the questions'.
+    data = ["--dataset", args.passages, "--val_dataset", args.questions]
+    dssk("preproc", *model, *data, "--data_cache_path", folder)
+    how = ["--systems", args.systems, "--controls", "with_context", "--medium_cost", "false"]
+    how += ["--max_questions", args.max_questions] if args.max_questions else []
+    several = ["--num_contexts", args.num_contexts or "1,5,20,50", "--distractors", "document"]
+    where = ["--data_path", folder / "processed_data" / Path(base).name, "--output", folder / "compare"]
+    dssk("compare", "--checkpoint", args.checkpoint, *where, *how, *several)
+    columns = ("system", "num_contexts", "gold", *by_number.COLUMNS, "contexts_left_out")
+    return [
+        {"set": "squad", "seed": args.seeds[0]} | {column: row[column] for column in columns if column in row}
+        for row in json.loads((folder / "compare" / "table.json").read_text())
+        if "num_contexts" in row
+    ]
+
+
+def replace(rows: list[dict[str, Any]]) -> None:
+    """Put rows into the results, in place of those of their sets and seeds."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    measured = {(row["set"], row["seed"]) for row in rows}
+    kept = [row for row in old if (row["set"], row["seed"]) not in measured]
+    RESULTS.write_text(json.dumps(kept + rows, indent=1) + "\n")
+
+
+def path(text: str) -> Path:
+    """A flag's path, wherever the commands run."""
+    return Path(text).resolve()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--num_contexts", default="1,2,5,10")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a checkpoint was trained with one"
+    )
+    parser.add_argument("--steps", type=int, default=1200, help="of the toy's training")
+    parser.add_argument("--num_contexts", help="1,2,5,10 on the toy, 1,5,20,50 on a real base")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "contexts")
+    real = parser.add_argument_group("a real base")
+    real.add_argument("--checkpoint", type=path, help="checkpoint, run's folder or fused model")
+    real.add_argument("--questions", type=path, help="file of the questions that are asked")
+    real.add_argument("--passages", type=path, help="file with the other passages of their articles")
+    real.add_argument("--systems", default="cross_attention,prompted", help="as dssk compare has them")
+    real.add_argument("--max_questions", type=int, help="ask this many, spread over the file (all)")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    if args.checkpoint:
+        if not (args.questions and args.passages):
+            parser.error("--checkpoint wants --questions and --passages")
+        replace(real_rows(args))
+        return
     for seed in args.seeds:
         folder = args.output.resolve() / f"seed-{seed}"
         dssk("base", "--dataset", "toy", "--seed", seed, "--output", folder / "base")
@@ -69,8 +132,7 @@ def main() -> None:
             64,
         )
         for name in GROUPS:
-            rows += rows_of(seed, name, folder, args.steps, args.num_contexts)
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            replace(rows_of(seed, name, folder, args.steps, args.num_contexts or "1,2,5,10"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ def context(text: str) -> str:
     return f"context: {text}"
 
 
+def further_context(text: str) -> str:
+    """What follows `context(...)` in a prompt that holds several."""
+    return f" \n {context(text)}"
+
+
 def question(text: str) -> str:
     """What the decoder reads before it answers."""
     return f"question: {text} \n answer:"

@@ -3,7 +3,8 @@
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
 (`lora_prompted`) or whole (`full_prompted`); `prompted_examples`, if named, has two worked examples before its prompt.
-Controls and two heuristics stand beside them. What is finished is kept: the same command goes on where it was stopped.
+Controls and two heuristics stand beside them, and with --num_contexts questions that read several contexts at a time.
+What is finished is kept: the same command goes on where it was stopped.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,19 @@ def build_parser() -> Parser:
         "--controls",
         default=",".join(CONTROLS),
         help="of the fused model, with commas between; default: all, %(default)s",
+    )
+    parser.add_argument(
+        "--num_contexts",
+        metavar="N,N,...",
+        help="also score cross_attention, prompted and prompted_examples with so many contexts at a time, the right "
+        "one among others and missing; prompts hold them in order and shuffled, and where the base's window has no "
+        "room for all, the right one and as many others as fit (none)",
+    )
+    parser.add_argument(
+        "--distractors",
+        default="random",
+        metavar="SOURCE,...",
+        help="where the others come from: document, neighbours (by the question's words), random (%(default)s)",
     )
     parser.add_argument(
         "--eval",

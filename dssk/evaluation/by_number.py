@@ -23,6 +23,8 @@ from dssk.inference.timing import Clock
 from dssk.inference.tokenizer import tokenize_question
 
 WITH, WITHOUT = "contexts_", "missing_"
+SCORES = ("n", "em", "em_low", "em_high", "f1", "right_beats_wrong")
+COLUMNS = (*SCORES, "first_token_s", "tokens_per_s", "bytes")  # of a table by number of contexts
 TIMED_QUESTIONS, TIMED_TOKENS = 5, 9  # whose seconds are measured, after one that warms up
 
 
@@ -78,6 +80,17 @@ def drawn(control: str, questions: QuestionSet, distractors: Distractors) -> lis
     return rows
 
 
+def shuffled(number: int, row: int) -> np.random.Generator:
+    """What decides the order of a row's contexts for systems to which order matters, drawn anew."""
+    return np.random.default_rng([row, number, 2])
+
+
+def timed(several: Sequence[tuple[int, ...] | None]) -> list[int]:
+    """The rows whose seconds are measured: some of those that have contexts, the same ones every time."""
+    usable = [row for row, read in enumerate(several) if read]
+    return [usable[i] for i in spread(len(usable), TIMED_QUESTIONS)]
+
+
 def golds(control: str, answers: list[str]) -> list[str]:
     """The right answers to a question under a control."""
     return [prompts.NOT_IN_CONTEXT] if control.startswith(WITHOUT) else answers
@@ -107,8 +120,7 @@ def cost(
     `bytes` are those that the contexts' states take as they are kept, on average.
     """
     assert questions.pool is not None
-    usable = [row for row, read in enumerate(several) if read]
-    chosen = [usable[i] for i in spread(len(usable), TIMED_QUESTIONS)]
+    chosen = timed(several)
     clocks, kept = [], []
     for row in tqdm([chosen[0], *chosen], desc="cost", disable=None):
         read = several[row]
@@ -131,17 +143,6 @@ def cost(
 
 def rows(scores: dict[str, Any], set_name: str, seed: int) -> list[dict[str, Any]]:
     """The scores by number of contexts as rows of a table: {set, seed, num_contexts, gold, n, em, ...}."""
-    columns = (
-        "n",
-        "em",
-        "em_low",
-        "em_high",
-        "f1",
-        "right_beats_wrong",
-        "first_token_s",
-        "tokens_per_s",
-        "bytes",
-    )
     return [
         {
             "set": set_name,
@@ -149,7 +150,7 @@ def rows(scores: dict[str, Any], set_name: str, seed: int) -> list[dict[str, Any
             "num_contexts": int(name.rsplit("_", 1)[1]),
             "gold": name.startswith(WITH),
         }
-        | {column: score[column] for column in columns if column in score}
+        | {column: score[column] for column in COLUMNS if column in score}
         for name, score in scores.items()
         if name.startswith((WITH, WITHOUT))
     ]

@@ -18,7 +18,7 @@ from dssk.data.distractors import Distractors, Source
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
-from dssk.evaluation.predictions import Answers, answer_all, discard_partial, only_writer
+from dssk.evaluation.predictions import Answers, answer_all, answer_trials, discard_partial, only_writer
 from dssk.evaluation.questions import (
     QuestionSet,
     check_encodings,
@@ -58,27 +58,19 @@ class CrossAttentionSystem:
         questions: QuestionSet,
         controls: Sequence[str] = CONTROLS,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        mix: dict[Source, float] | None = None,
+        distractors: Distractors | None = None,
     ):
-        """`mix` is where the distractors come from of controls by number (`by_number.names`)."""
+        """`distractors` are drawn from for controls by number (`by_number.names`)."""
         self.model = model
         self.tokenizer = tokenizer
         self.questions = questions
         self.max_new_tokens = max_new_tokens
-        distractors = by_number.distractors_of(questions, mix) if mix and questions.pool else None
         self.trials: dict[str, Sequence[Trial | None]] = {
             control: trials(control, questions, distractors) for control in controls
         }
 
     def __call__(self, rows: list[int]) -> list[Answers]:
-        answers: list[Answers] = [{} for _ in rows]
-        for control, of_rows in self.trials.items():
-            asked = [(i, row, trial) for i, row in enumerate(rows) if (trial := of_rows[row]) is not None]
-            if asked:
-                places, numbers, chosen = zip(*asked, strict=True)
-                for i, answer in zip(places, self._answer(numbers, chosen), strict=True):
-                    answers[i][control] = answer
-        return answers
+        return answer_trials(self.trials, rows, self._answer)
 
     def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
         asked = self.questions.rows
@@ -176,7 +168,8 @@ def evaluate(
     contexts, drawn by `mix`, are controls on top.
     """
     controls = [*controls, *by_number.names(numbers)]
-    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens, mix)
+    distractors = by_number.distractors_of(questions, mix) if numbers and mix else None
+    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens, distractors)
     settings = {**settings, "controls": controls, "max_new_tokens": max_new_tokens}
     if numbers:
         settings["distractors"] = mix

@@ -9,9 +9,9 @@ the work.
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from tqdm import tqdm
@@ -29,6 +29,7 @@ PARTIAL = "predictions.partial"
 # control -> (prediction, negative log-likelihood of the first gold answer in nats a token, or None)
 Answers = dict[str, tuple[str, float | None]]
 System = Callable[[list[int]], list[Answers]]  # row numbers -> the answers to each
+Trial = TypeVar("Trial")  # how a system is put one question under one control
 
 
 def answer_all(
@@ -67,6 +68,25 @@ def answer_all(
             bar.update(len(rows))
     ranks.wait()
     return ranks.from_first(lambda: _finish(path, settings, len(questions)))
+
+
+def answer_trials(
+    trials: Mapping[str, Sequence[Trial | None]],
+    rows: Sequence[int],
+    answer: Callable[[Sequence[int], Sequence[Trial]], Sequence[tuple[str, float | None]]],
+) -> list[Answers]:
+    """The answers to rows under every control, with trials of all rows, of which None cannot be put.
+
+    `answer` takes the numbers of rows and their trials under one control.
+    """
+    answers: list[Answers] = [{} for _ in rows]
+    for control, of_rows in trials.items():
+        asked = [(i, row, trial) for i, row in enumerate(rows) if (trial := of_rows[row]) is not None]
+        if asked:
+            places, numbers, chosen = zip(*asked, strict=True)
+            for i, answered in zip(places, answer(numbers, chosen), strict=True):
+                answers[i][control] = answered
+    return answers
 
 
 @contextlib.contextmanager

@@ -87,6 +87,11 @@ def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) 
     return [leading + ids for ids in encoded["input_ids"]]
 
 
+def tokenize_further_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What a second context, and any after it, adds to a prompt that holds several."""
+    return tokenize(tokenizer, prompts.further_context(text))
+
+
 def tokenize_question(
     tokenizer: PreTrainedTokenizerBase, text: str, reader: str = "cross_attention"
 ) -> list[int]:

@@ -152,30 +152,37 @@ def by_length(controls: dict[str, Sequence[dict[str, Any]]]) -> Figure:
 def by_number(rows: Sequence[dict[str, Any]]) -> Figure:
     """EM, and below it seconds to the first token, by the number of contexts, the right one among them or missing.
 
-    Rows as `evaluation.by_number.rows` gives them.
+    Rows as `evaluation.by_number.rows` gives them, or as a comparison does, with the system of each.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.5 * HEIGHT), layout="constrained")
         scores, seconds = figure.subplots(2, sharex=True)
-        for gold, colour, label in (
-            (True, BLUE, "the right one among them"),
-            (False, ORANGE, "the right one missing"),
-        ):
-            chosen = [row for row in rows if row["gold"] == gold]
-            numbers = [row["num_contexts"] for row in chosen]
-            scores.plot(
-                numbers, [row["em"] for row in chosen], color=colour, marker="o", markersize=4, label=label
-            )
-            lows, highs = [row["em_low"] for row in chosen], [row["em_high"] for row in chosen]
-            scores.fill_between(numbers, lows, highs, color=colour, alpha=0.18, linewidth=0)
-            timed = [row.get("first_token_s") for row in chosen]
-            if all(value is not None for value in timed):
-                seconds.plot(numbers, timed, color=colour, marker="o", markersize=4)
+        systems = dict.fromkeys(row.get("system") for row in rows)
+        measured: list[list[Any]] = []
+        for system, colour in zip(systems, cycle(PALETTE)):
+            for gold, how in ((True, "-"), (False, ":")):
+                chosen = [row for row in rows if row["gold"] == gold and row.get("system") == system]
+                numbers = [row["num_contexts"] for row in chosen]
+                look: Any = {"color": colour, "linestyle": how, "marker": "o", "markersize": 4}
+                label = (_plain(system) if system else "the right one among them") if gold else None
+                scores.plot(numbers, [row["em"] for row in chosen], label=label, **look)
+                lows, highs = [row["em_low"] for row in chosen], [row["em_high"] for row in chosen]
+                scores.fill_between(numbers, lows, highs, color=colour, alpha=0.18, linewidth=0)
+                timed = [row.get("first_token_s") for row in chosen]
+                # What was measured once for several systems is one line.
+                if all(value is not None for value in timed) and timed not in measured:
+                    seconds.plot(numbers, timed, **look)
+                    measured.append(timed)
+        scores.plot([], [], color=INK, linestyle=":", label="the right one missing")
         scores.set_ylabel("EM")
-        scores.set_ylim(0, share_limit(row.get(key) for row in rows for key in ("em", "em_high")))
-        scores.legend()
-        seconds.set_ylabel("seconds to the first token")
-        seconds.set_ylim(bottom=0)
+        top = share_limit(row.get(key) for row in rows for key in ("em", "em_high"))
+        scores.set_ylim(-0.02 * top, 1.02 * top)
+        figure.legend(loc="outside upper center", ncols=2)  # never over a curve
+        seconds.set_ylabel("first token (seconds)")
+        if len(systems) > 1:
+            seconds.set_yscale("log")  # prompting takes many times as long
+        else:
+            seconds.set_ylim(bottom=0)
         seconds.set_xlabel("contexts that are read together")
     return figure
 

@@ -22,6 +22,7 @@ class RunFiles:
         dict[str, Any]
     ]  # likewise predictions.jsonl, where it has answers from the right contexts
     table: list[dict[str, Any]] = field(default_factory=list)  # table.json of the comparison
+    together: list[dict[str, Any]] = field(default_factory=list)  # its rows by number of contexts, of one set
     cost: list[dict[str, Any]] = field(default_factory=list)  # cost.json of the comparison
     data: str = ""  # the comparison's set of questions that `scores` and `predictions` are of
 
@@ -38,8 +39,8 @@ class RunFiles:
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """The scores by number of contexts, see `by_number.rows`."""
-        return by_number.rows(self.scores, self.data, 0)
+        """The scores by number of contexts, see `by_number.rows`: the comparison's, of every system, if it has any."""
+        return self.together or by_number.rows(self.scores, self.data, 0)
 
 
 def read_run(path: str | Path, comparison: str | Path | None = None, data: str | None = None) -> RunFiles:
@@ -63,11 +64,14 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
     compared = Path(comparison)
     if not (compared / "table.json").is_file():
         raise DsskError(f"no table.json in {comparison}: want the --output of dssk compare")
-    run.table = _rows(compared / "table.json")
+    table = _rows(compared / "table.json")
+    run.table = [row for row in table if "num_contexts" not in row]
     run.cost = _rows(compared / "cost.json")
     sets = list(dict.fromkeys(str(row["data"]) for row in run.table if row.get("data")))
     if data is not None and data not in sets:
         raise DsskError(f"--data {data} is none of the comparison's sets of questions: {', '.join(sets)}")
+    together = [row for row in table if "num_contexts" in row]
+    run.together = [row for row in together if row.get("data") == (data or sets[0])]
     if sets and (data is not None or not run.scores):
         run.data = data or sets[0]
         label = f"{run.data}-cross_attention"

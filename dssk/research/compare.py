@@ -3,7 +3,8 @@
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
 (`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two worked examples before its prompt.
-Controls and two heuristics stand beside them. What is finished is kept: the same command goes on where it was stopped.
+Controls and two heuristics stand beside them, and, if numbers of contexts are named, questions that read several at a
+time. What is finished is kept: the same command goes on where it was stopped.
 """
 
 import tempfile
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from dssk.errors import DsskError
+from dssk.evaluation import by_number
 from dssk.evaluation.predictions import answer_all, discard_partial, only_writer
 from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
-from dssk.research import cost
+from dssk.research import cost, several
 from dssk.research.prompted import cache_bytes_per_token, make_prompt, worked
-from dssk.research.systems import HEURISTICS, Comparison, Systems
+from dssk.research.systems import HEURISTICS, SHUFFLED, Comparison, Systems
 from dssk.utils import files
 from dssk.utils.defaults import CONTROLS, FURTHER_SYSTEMS, SYSTEMS
 from dssk.utils.flags import nearest
@@ -35,9 +37,15 @@ Row = dict[str, Any]
 def compare(wanted: Comparison) -> list[Row]:
     """Answer with every system, measure what answering costs, and write the table."""
     names = system_list(wanted.systems)
+    numbers = by_number.parse_numbers(wanted.num_contexts) if wanted.num_contexts else []
+    together = several.systems_of(names) if numbers else []
     files.make_folder(Path(wanted.output))
     systems = Systems(wanted)
     sets = question_sets(systems)
+    for questions in sets.values() if numbers else ():
+        systems.distractors(
+            questions
+        )  # refuses a source that the data do not have before anything is answered
     scores = {
         (data, name): answer(systems, name, data, questions)
         for name in [*names, *HEURISTICS]
@@ -52,8 +60,29 @@ def compare(wanted: Comparison) -> list[Row]:
             name, data, scores[data, name], costs.get(name, {}), systems.settings(name, questions)
         )
     ]
+    for data, questions in sets.items():
+        for number in numbers:
+            table += rows_by_number(systems, together, data, questions, number)
     files.publish_json(systems.output / TABLE, table)
     return table
+
+
+def rows_by_number(
+    systems: Systems, names: Sequence[str], data: str, questions: QuestionSet, number: int
+) -> list[Row]:
+    """The rows of table.json of questions that read so many contexts at a time."""
+    # One context has but one order.
+    same = {name: name if number > 1 else name.removesuffix(SHUFFLED) for name in names}
+    scores = {name: answer(systems, same[name], data, questions, number) for name in names}
+    costs = several.costs(systems, names, data, questions, number)
+    rows = [
+        row
+        for name in names
+        for row in several.rows(
+            name, data, number, scores[name], costs[name], systems.settings(name, questions, number)
+        )
+    ]
+    return sorted(rows, key=lambda row: not row["gold"])
 
 
 def question_sets(systems: Systems) -> dict[str, QuestionSet]:
@@ -70,25 +99,34 @@ def question_sets(systems: Systems) -> dict[str, QuestionSet]:
     for path in paths.values():
         check_encodings(path, systems.folder)
     return {
-        name: load_questions(path, systems.tokenizer, systems.config, limit=wanted.max_questions)
+        name: load_questions(
+            path,
+            systems.tokenizer,
+            systems.config,
+            limit=wanted.max_questions,
+            with_pool=bool(wanted.num_contexts),
+        )
         for name, path in paths.items()
     }
 
 
-def answer(systems: Systems, name: str, data: str, questions: QuestionSet) -> dict[str, Any]:
-    """The scores (see `scores.score`) of a system on a set of questions; answered unless that was done before."""
-    settings = systems.settings(name, questions)
+def answer(systems: Systems, name: str, data: str, questions: QuestionSet, number: int = 0) -> dict[str, Any]:
+    """The scores (see `scores.score`) of a system on a set of questions; answered unless that was done before.
+
+    With a `number`, those with so many contexts at a time (see `several.scored`).
+    """
+    settings = systems.settings(name, questions, number)
     label = f"{data}-{name.replace('/', '-')}"
-    file = systems.output / f"scores-{label}.json"
-    path = systems.output / f"predictions-{label}.jsonl"
+    file = systems.folder_of(number) / f"scores-{label}.json"
+    path = systems.folder_of(number) / f"predictions-{label}.jsonl"
     kept = read_json(file, dict) if file.is_file() and path.is_file() else {}
     if kept.get("settings") == settings and "scores" in kept:
         return kept["scores"]
-    system = systems.answering(name, questions)
-    predictions = answer_all(
-        questions, system, path, settings, systems.wanted.eval_batch_size, Ranks(0, 1, 0)
-    )
-    scores = score(predictions, CONTROLS)
+    system = systems.answering(name, questions, number)
+    # As many contexts at a time as otherwise.
+    batch_size = max(1, systems.wanted.eval_batch_size // max(1, number))
+    predictions = answer_all(questions, system, path, settings, batch_size, Ranks(0, 1, 0))
+    scores = several.scored(system, predictions, number) if number else score(predictions, CONTROLS)
     files.publish_json(file, {"settings": settings, "scores": scores})
     discard_partial(path)
     return scores
@@ -180,7 +218,10 @@ def compare_and_show(wanted: Comparison) -> None:
     output = Path(wanted.output)
     with only_writer(output / TABLE, Ranks(0, 1, 0)):
         table = compare(wanted)
-        print(f"{render(table)}\n{output / TABLE}")
+        print(render([row for row in table if "num_contexts" not in row]))
+        if together := [row for row in table if "num_contexts" in row]:
+            print(several.render(together))
+        print(output / TABLE)
         show_medium_cost(output / COST, wanted.medium_cost)
 
 

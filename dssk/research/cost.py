@@ -8,7 +8,7 @@ take turns and medians count, so that a busy machine is unfair to none.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,10 +39,11 @@ MEDIUM: dict[str, Any] = {
 }
 MEDIUM_CONTEXT, MEDIUM_QUESTION, MEDIUM_CONTEXTS = 1500, 16, 3
 
-Generate = Callable[[Prompt, BaseStreamer], Any]
+Asked = TypeVar("Asked")  # what all systems are asked alike: a prompt, or the number of a question
+Generate = Callable[[Asked, BaseStreamer], Any]
 
 
-def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+def measure(systems: dict[str, Generate[Asked]], prompts: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Medians over `prompts` of each system, which take turns; the first prompt warms up as well."""
     clocks: dict[str, list[Clock]] = {name: [] for name in systems}
     threads = torch.get_num_threads()
@@ -65,22 +66,22 @@ def measure(systems: dict[str, Generate], prompts: Sequence[Prompt]) -> dict[str
     }
 
 
-def prompting(model: PreTrainedModel, before: Sequence[int] = ()) -> Generate:
+def prompting(model: PreTrainedModel, before: Sequence[int] = ()) -> Generate[Prompt]:
     """Read the whole prompt, and what stands before it."""
-    return lambda prompt, clock: _generate(model, [*before, *prompt.tokens], clock)
+    return lambda prompt, clock: stream(model, [*before, *prompt.tokens], clock)
 
 
-def prefix_cached(model: PreTrainedModel, prompts: Sequence[Prompt], folder: Path) -> Generate:
+def prefix_cached(model: PreTrainedModel, prompts: Sequence[Prompt], folder: Path) -> Generate[Prompt]:
     """Read the context's keys and values from disk, then the question."""
     cache = PrefixCache(model, folder)
     for prompt in prompts:
         cache.load([prompt.context])  # makes the file
-    return lambda prompt, clock: _generate(
+    return lambda prompt, clock: stream(
         model, prompt.tokens, clock, past_key_values=cache.load([prompt.context])
     )
 
 
-def cross_attending(model: FusedModel, prompts: Sequence[Prompt], folder: Path) -> Generate:
+def cross_attending(model: FusedModel, prompts: Sequence[Prompt], folder: Path) -> Generate[Prompt]:
     """Read the context's encodings from disk, project them, then read the question."""
     files.make_folder(folder)
     paths = {}
@@ -93,12 +94,13 @@ def cross_attending(model: FusedModel, prompts: Sequence[Prompt], folder: Path) 
         with torch.no_grad():
             states = load_file(paths[tuple(prompt.context)])["states"]
             context = context_batch(model, [states])
-        _generate(model, prompt.question, clock, **context)
+        stream(model, prompt.question, clock, **context)
 
     return generate
 
 
-def _generate(model: Any, tokens: list[int], clock: BaseStreamer, **kwargs: Any) -> None:
+def stream(model: Any, tokens: list[int], clock: BaseStreamer, **kwargs: Any) -> None:
+    """Answer one prompt with `NEW_TOKENS` tokens, each of which the clock sees."""
     ids = torch.tensor([tokens], device=model.device)
     model.generate(
         ids,

@@ -1,13 +1,16 @@
 """Answers of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
 
-A prompt is `context: ... \n question: ... \n answer:`. One that would leave no room for the answer within the model's
-positions has its context cut at the end. Shapes: L layers, K key/value heads, S tokens, D head size.
+A prompt is `context: ... \n question: ... \n answer:`, or holds several contexts one behind the other. Of those the
+question's own stays, and the others in their order as long as the answer has room within the model's positions; a
+context that is too long alone is cut at its end. Shapes: L layers, K key/value heads, S tokens, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import safe_open
@@ -16,13 +19,16 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.errors import DsskError
-from dssk.evaluation.predictions import Answers
+from dssk.evaluation import by_number
+from dssk.evaluation.predictions import Answers, answer_trials
 from dssk.evaluation.questions import Question, QuestionSet
 from dssk.inference.generation import Tokens, generate_batch, nll_batch
 from dssk.inference.tokenizer import (
+    leading_ids,
     tokenize,
     tokenize_answer,
     tokenize_context,
+    tokenize_further_context,
     tokenize_question_after_context,
 )
 from dssk.models.shapes import kv_cache_values, window
@@ -36,20 +42,63 @@ class Prompt(NamedTuple):
     context: Tokens
     question: Tokens
     was_cut: bool  # the context's end was left out
+    left_out: int = 0  # of several contexts, how many there was no room for
 
     @property
     def tokens(self) -> Tokens:
         return self.context + self.question
 
 
+@dataclass(frozen=True)
+class Several:
+    """The contexts that questions read together, in place of their own alone."""
+
+    texts: Mapping[str, Sequence[Sequence[str] | None]]  # by control and row; None for a row that has none
+    shuffled: bool = False  # those that stay in a prompt stand there in another order
+
+
 def make_prompt(
-    tokenizer: PreTrainedTokenizerBase, asked: Question, positions: int, new_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Question,
+    positions: int,
+    new_tokens: int,
+    several: Sequence[str] | None = None,
+    order: np.random.Generator | None = None,
 ) -> Prompt:
-    """The prompt for a question, with room for `new_tokens` after it in a model of so many positions."""
-    context = tokenize_context(tokenizer, asked.context)
+    """The prompt for a question, with room for `new_tokens` after it in a model of so many positions.
+
+    It holds the question's own context, or those of `several` that fit, in their order or one that `order` draws.
+    """
     question = tokenize_question_after_context(tokenizer, asked.question)
     room = max(positions - len(question) - new_tokens, 0)
-    return Prompt(context[:room], question, len(context) > room)
+    if several is None:
+        context, left_out = tokenize_context(tokenizer, asked.context), 0
+    else:
+        context, left_out = _together(tokenizer, several, asked.context, room, order)
+    return Prompt(context[:room], question, len(context) > room, left_out)
+
+
+def _together(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    own: str,
+    room: int,
+    order: np.random.Generator | None,
+) -> tuple[Tokens, int]:
+    """The tokens of those of the contexts that fit, one behind the other, and how many were left out."""
+    further = [tokenize_further_context(tokenizer, text) for text in texts]
+    pinned = texts.index(own) if own in texts else 0
+    kept = fitting([len(tokens) for tokens in further], room - len(leading_ids(tokenizer)), pinned)
+    first, *others = kept if order is None else order.permutation(kept).tolist()
+    tokens = sum((further[i] for i in others), tokenize_context(tokenizer, texts[first]))
+    return tokens, len(texts) - len(kept)
+
+
+def fitting(lengths: Sequence[int], room: int, pinned: int) -> list[int]:
+    """The places that stay of parts of so many tokens: `pinned`, and the others in their order as long as they fit."""
+    order = [pinned, *(place for place in range(len(lengths)) if place != pinned)]
+    ends = np.cumsum([lengths[place] for place in order])
+    return sorted(order[: max(1, int((ends <= room).sum()))])
 
 
 def worked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Question]) -> Tokens:
@@ -67,7 +116,10 @@ def worked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Question]) -> 
 
 
 class PromptedSystem:
-    """A plain model that reads context and question anew for every answer."""
+    """A plain model that reads context and question anew for every answer.
+
+    Questions are put with their own contexts, or under each control of `several` with those that it gives them.
+    """
 
     def __init__(
         self,
@@ -76,6 +128,7 @@ class PromptedSystem:
         questions: QuestionSet,
         max_new_tokens: int = MAX_NEW_TOKENS,
         examples: Sequence[Question] = (),
+        several: Several | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -83,26 +136,43 @@ class PromptedSystem:
         self.targets = [tokenize_answer(tokenizer, row.answers[0]) for row in questions.rows]
         positions = window(model.config)
         before = worked(tokenizer, examples)
-        asked = [
-            make_prompt(tokenizer, row, positions - len(before), max(max_new_tokens, len(target)))
-            for row, target in zip(questions.rows, self.targets, strict=True)
-        ]
-        self.prompts = [prompt._replace(context=before + prompt.context) for prompt in asked]
+
+        def prompt(row: int, texts: Sequence[str] | None) -> Prompt:
+            order = by_number.shuffled(len(texts), row) if texts and several and several.shuffled else None
+            room = max(max_new_tokens, len(self.targets[row]))
+            made = make_prompt(tokenizer, questions.rows[row], positions - len(before), room, texts, order)
+            return made._replace(context=before + made.context)
+
+        self.trials: dict[str, Sequence[Prompt | None]] = (
+            {"with_context": [prompt(row, None) for row in range(len(questions))]}
+            if several is None
+            else {
+                control: [None if texts is None else prompt(row, texts) for row, texts in enumerate(of_rows)]
+                for control, of_rows in several.texts.items()
+            }
+        )
+
+    def prompts(self, control: str = "with_context") -> list[Prompt]:
+        """Those of the questions that can be put under a control."""
+        return [prompt for prompt in self.trials[control] if prompt is not None]
 
     @property
     def num_cut(self) -> int:
         """How many prompts lost the end of their context."""
-        return sum(prompt.was_cut for prompt in self.prompts)
+        return sum(prompt.was_cut for control in self.trials for prompt in self.prompts(control))
 
     def __call__(self, rows: list[int]) -> list[Answers]:
-        chosen, targets = [self.prompts[row] for row in rows], [self.targets[row] for row in rows]
+        return answer_trials(self.trials, rows, self._answer)
+
+    def _answer(self, rows: Sequence[int], chosen: Sequence[Prompt]) -> list[tuple[str, float]]:
         texts = generate_batch(
             self.model, self.tokenizer, max_new_tokens=self.max_new_tokens, **self._inputs(chosen)
         )
+        targets = [self.targets[row] for row in rows]
         losses = nll_batch(self.model, self.tokenizer, targets=targets, **self._inputs(chosen))
-        return [{"with_context": answer} for answer in zip(texts, losses, strict=True)]
+        return list(zip(texts, losses, strict=True))
 
-    def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:
+    def _inputs(self, chosen: Sequence[Prompt]) -> dict[str, Any]:
         return {"prompted": [prompt.tokens for prompt in chosen]}
 
 
@@ -120,11 +190,12 @@ class PrefixCachedSystem(PromptedSystem):
         folder: Path | None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         examples: Sequence[Question] = (),
+        several: Several | None = None,
     ):
-        super().__init__(model, tokenizer, questions, max_new_tokens, examples)
+        super().__init__(model, tokenizer, questions, max_new_tokens, examples, several)
         self.cache = PrefixCache(model, folder)
 
-    def _inputs(self, chosen: list[Prompt]) -> dict[str, Any]:
+    def _inputs(self, chosen: Sequence[Prompt]) -> dict[str, Any]:
         prefixes = [prompt.context for prompt in chosen]
         return {
             "prompted": [prompt.question for prompt in chosen],

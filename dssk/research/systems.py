@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dssk.checkpoint import MANIFEST, load_manifest
+from dssk.data.distractors import Distractors
 from dssk.errors import DsskError
-from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint, control_list
+from dssk.evaluation import by_number
+from dssk.evaluation.evaluate import CrossAttentionSystem, checkpoint_fingerprint, control_list, left_out
 from dssk.evaluation.predictions import System
 from dssk.evaluation.questions import Question, QuestionSet, load_questions
 from dssk.inference.fingerprint import model_fingerprint
@@ -19,10 +21,11 @@ from dssk.inference.tokenizer import template_version
 from dssk.models.shapes import kv_cache_values, window
 from dssk.research.finetune import FineTuning, fine_tuned
 from dssk.research.heuristics import HeuristicSystem
-from dssk.research.prompted import PrefixCachedSystem, PromptedSystem
+from dssk.research.prompted import PrefixCachedSystem, PromptedSystem, Several
 from dssk.utils.defaults import CONTROLS, RATE_FACTORS
 
 HEURISTICS = ("heuristic/random_entity", "heuristic/overlap")
+SHUFFLED = "_shuffled"  # ends the name of a prompted system whose contexts stand in another order
 WORKED_EXAMPLES = 2  # in the prompts of prompted_examples
 MOST_STEPS = 1_000_000  # of a training that minutes end
 _METHODS = {"lora_prompted": "lora", "full_prompted": "full"}
@@ -48,6 +51,8 @@ class Comparison:
     lora_rank: int
     seed: int  # of the order of rows
     medium_cost: bool  # also measure a random model of 124 million parameters
+    num_contexts: str | None  # that are read together, with commas between; None: one alone
+    distractors: str  # where the others come from, with commas between
 
 
 class Systems:
@@ -56,6 +61,8 @@ class Systems:
     def __init__(self, wanted: Comparison):
         self.wanted = wanted
         self.output = Path(wanted.output)
+        self.controls = control_list(wanted.controls)
+        self.mix = by_number.parse_sources(wanted.distractors)
         self.folder = find_model(wanted.checkpoint)
         self.fused, self.tokenizer = load_model(self.folder, device=device())
         self.config = self.fused.config
@@ -63,8 +70,12 @@ class Systems:
             raise DsskError(
                 f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
             )
-        self.controls = control_list(wanted.controls)
+        self._distractors: dict[str, Distractors] = {}
         self._plain: dict[str, tuple[PreTrainedModel, int]] = {}
+
+    def folder_of(self, number: int) -> Path:
+        """Where answers lie that are given from so many contexts; 0: from the question's own."""
+        return self.output / f"{by_number.WITH}{number}" if number else self.output
 
     def model(self, system: str) -> PreTrainedModel:
         """The model that answers for a system."""
@@ -134,8 +145,8 @@ class Systems:
         config = self.config
         return model_fingerprint(config.base_model_name_or_path, config, config.base_model_revision)
 
-    def settings(self, system: str, questions: QuestionSet) -> dict[str, Any]:
-        """All that decides a system's answers to some questions."""
+    def settings(self, system: str, questions: QuestionSet, number: int = 0) -> dict[str, Any]:
+        """All that decides a system's answers to some questions; `number` as in `answering`."""
         settings: dict[str, Any] = {
             "system": system,
             "questions": questions.fingerprint,
@@ -145,14 +156,16 @@ class Systems:
         }
         if system == "cross_attention":
             settings["checkpoint"] = checkpoint_fingerprint(self.folder)
-            if self.controls != list(CONTROLS):
+            if self.controls != list(CONTROLS) and not number:
                 settings["controls"] = self.controls
         elif system in _METHODS:
             settings |= asdict(self.fine_tuning(system))
         elif system not in HEURISTICS:
             settings["base"] = self.base_fingerprint
-        if system == "prompted_examples":
+        if system.removesuffix(SHUFFLED) == "prompted_examples":
             settings["examples"] = [question.id for question in self.examples]
+        if number:
+            settings |= {"num_contexts": number, "distractors": self.mix}
         return settings
 
     @cached_property
@@ -162,27 +175,61 @@ class Systems:
         texts = {row.context: row for row in sorted(rows, key=lambda row: (len(row.context), row.id))}
         return list(texts.values())[:WORKED_EXAMPLES]
 
-    def answering(self, system: str, questions: QuestionSet) -> System:
-        """What answers the questions; contexts that a prompt has no room for are counted and printed."""
+    def distractors(self, questions: QuestionSet) -> Distractors:
+        """Where contexts come from that are read beside a question's own."""
+        if questions.fingerprint not in self._distractors:
+            made = by_number.distractors_of(questions, self.mix)
+            self._distractors[questions.fingerprint] = made
+        return self._distractors[questions.fingerprint]
+
+    def answering(self, system: str, questions: QuestionSet, number: int = 0) -> System:
+        """What answers the questions; contexts that a prompt has no room for are counted and printed.
+
+        With a `number`, from so many contexts, the right one among them and missing (`by_number.names`).
+        """
+        answering = self._answering(system, questions, number)
+        if number:
+            for line in left_out(answering.trials):
+                print(f"{system}: {line}")
+        if isinstance(answering, PromptedSystem) and answering.num_cut and system != "prompted_prefix_cache":
+            count = sum(map(len, map(answering.prompts, answering.trials)))
+            print(
+                f"{system}: {answering.num_cut} of {count} contexts were cut to fit {window(self.config)} positions"
+            )
+        return answering
+
+    def _answering(self, system: str, questions: QuestionSet, number: int) -> Any:
         new_tokens = self.wanted.max_new_tokens
         if system in HEURISTICS:
             return HeuristicSystem(system.removeprefix("heuristic/"), questions)
         if system == "cross_attention":
-            return CrossAttentionSystem(self.fused, self.tokenizer, questions, self.controls, new_tokens)
+            controls = by_number.names([number]) if number else self.controls
+            distractors = self.distractors(questions) if number else None
+            return CrossAttentionSystem(
+                self.fused, self.tokenizer, questions, controls, new_tokens, distractors
+            )
         model = self.model(system)
         if system == "prompted_prefix_cache":
             folder = self.output / "prefix_cache" / self.base_fingerprint
             return PrefixCachedSystem(model, self.tokenizer, questions, folder, new_tokens)
-        examples = self.examples if system == "prompted_examples" else []
+        examples = self.examples if system.removesuffix(SHUFFLED) == "prompted_examples" else []
+        several = self._several(questions, number, system.endswith(SHUFFLED)) if number else None
         # Questions of one context share what the model makes of it, where that is kept in a cache.
-        prompted = (
-            PrefixCachedSystem(model, self.tokenizer, questions, None, new_tokens, examples)
-            if kv_cache_values(model.config)
-            else PromptedSystem(model, self.tokenizer, questions, new_tokens, examples)
+        if kv_cache_values(model.config):
+            return PrefixCachedSystem(model, self.tokenizer, questions, None, new_tokens, examples, several)
+        return PromptedSystem(model, self.tokenizer, questions, new_tokens, examples, several)
+
+    def _several(self, questions: QuestionSet, number: int, shuffled: bool) -> Several:
+        """The texts that a fused model has the states of."""
+        assert questions.pool is not None
+        text, distractors = cache(questions.pool.text), self.distractors(questions)
+        return Several(
+            {
+                control: [
+                    None if read is None else [text(context) for context in read]
+                    for read in by_number.drawn(control, questions, distractors)
+                ]
+                for control in by_number.names([number])
+            },
+            shuffled,
         )
-        if prompted.num_cut:
-            room = window(model.config)
-            print(
-                f"{system}: {prompted.num_cut} of {len(questions)} contexts were cut to fit {room} positions"
-            )
-        return prompted

@@ -60,7 +60,8 @@ def test_the_answer_without_the_right_context_is_that_there_is_none(questions):
 def test_one_context_of_several_is_that_context(loaded, questions):
     model, tokenizer = loaded
     controls = ["with_context", "contexts_1", "contexts_3"]
-    system = CrossAttentionSystem(model, tokenizer, questions, controls, max_new_tokens=6, mix=RANDOM)
+    distractors = by_number.distractors_of(questions, RANDOM)
+    system = CrossAttentionSystem(model, tokenizer, questions, controls, 6, distractors)
     for answer in system(list(range(len(questions)))):
         assert answer["contexts_1"][0] == answer["with_context"][0]
         assert answer["contexts_1"][1] == pytest.approx(answer["with_context"][1], abs=1e-4)

@@ -6,6 +6,24 @@ from dssk.report import figures
 from tests.report.conftest import score
 
 NAMES = ("with_context", "a <b> & \"c\" $x_1$ 'd'", "no_context")
+BY_SYSTEM = [
+    {
+        "system": system,
+        "num_contexts": number,
+        "gold": gold,
+        "em": em,
+        "em_low": em - 0.1,
+        "em_high": em + 0.1,
+    }
+    | {"first_token_s": seconds * number}
+    for system, em, seconds in (
+        ("cross_attention", 0.9, 0.01),
+        ("prompted", 0.5, 0.1),
+        ("prompted_shuffled", 0.4, 0.1),
+    )
+    for number in (1, 5)
+    for gold in (True, False)
+]
 FIGURES = {
     "bars": lambda: figures.bars([{"name": name, **score(0.5)} for name in NAMES]),
     "bars without intervals": lambda: figures.bars([{"name": "a", "em": 0.5, "f1": 0.6}]),
@@ -25,6 +43,7 @@ FIGURES = {
             for gold in (True, False)
         ]
     ),
+    "numbers by system": lambda: figures.by_number(BY_SYSTEM),
     "loss": lambda: figures.loss_curve(
         [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "loss": None}]
     ),
@@ -57,6 +76,16 @@ def test_names_are_shown_as_they_are():
 )
 def test_axes_of_shares_end_where_the_shares_do(shares, limit):
     assert figures.share_limit(shares) == limit
+
+
+def test_each_system_has_its_curves_by_number_and_what_took_as_long_is_one():
+    figure = figures.by_number(BY_SYSTEM)
+    scores, seconds = figure.axes
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["cross attention", "prompted", "prompted shuffled", "the right one missing"]
+    drawn = [(line.get_color(), line.get_linestyle()) for line in scores.lines[:-1]]
+    assert len(set(drawn)) == 6
+    assert [list(line.get_ydata()) for line in seconds.lines] == [[0.01, 0.05], [0.1, 0.5]]
 
 
 def test_nothing_logged_is_no_figure():

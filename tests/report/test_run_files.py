@@ -52,6 +52,21 @@ def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, 
         read_run(run_folder, data="two")
 
 
+def test_rows_by_number_are_of_one_set_and_no_systems_of_their_own(tmp_path):
+    own = {"contexts_2": {"em": 0.5}}
+    write(tmp_path, "exp_dict.json", {})
+    write(tmp_path, "scores.json", own)
+    plain = [{"system": "prompted", "data": data} for data in ("one", "two")]
+    several = [{**row, "num_contexts": 2, "gold": True} for row in plain]
+    write(tmp_path, "table.json", plain + several)
+    for asked, expected in ((None, several[:1]), ("two", several[1:])):
+        files = read_run(tmp_path, tmp_path, asked)
+        assert files.table == plain
+        assert files.numbers == expected
+    write(tmp_path, "table.json", plain)
+    assert [row["em"] for row in read_run(tmp_path, tmp_path).numbers] == [0.5]
+
+
 def test_what_is_absent_is_empty_and_a_log_may_be_torn(tmp_path):
     write(tmp_path, "exp_dict.json", {"a": 1})
     files = read_run(tmp_path)

@@ -1,44 +1,16 @@
 import json
-import sys
 
 import pytest
 
-from dssk.commands import compare as command
 from dssk.errors import DsskError
-from dssk.inference.tokenizer import load_tokenizer
-from dssk.research import compare, cost
+from dssk.research import compare
 from dssk.research.compare import SYSTEMS, system_list
-from tests.conftest import fused, question_rows
+from tests.conftest import question_rows
 
 COLUMNS = {
     *("system", "data", "n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high", "rouge_l", "span_em"),
     *("answer_nll", "trained_parameters", "bytes_per_context_token", "first_token_s", "tokens_per_s"),
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(base_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare") / "fused"
-    fused(base_path).save_pretrained(folder)
-    load_tokenizer(base_path).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def run_compare(checkpoint, store_path, tmp_path, monkeypatch):
-    """Run the command with these flags; returns the table. Costs are measured on two questions."""
-    monkeypatch.setattr(compare, "TIMED_QUESTIONS", 2)
-    monkeypatch.setattr(cost, "NEW_TOKENS", 3)
-
-    def run(*flags):
-        argv = ["--checkpoint", checkpoint, "--data_path", store_path, "--output", tmp_path / "out"]
-        argv += ["--medium_cost", "false", "--max_new_tokens", 4, "--max_questions", 6]
-        argv += ["--steps", 2, "--batch_size", 2, "--lora_rank", 2, *flags]
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, argv)])
-        command.main()
-        return json.loads((tmp_path / "out" / "table.json").read_text())
-
-    return run
 
 
 def test_every_system_is_scored_on_every_set_and_costed(run_compare, tmp_path, capsys):

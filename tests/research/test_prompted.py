@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,11 +43,11 @@ def test_worked_examples_stand_before_a_prompt_and_take_their_room(base, tokeniz
     plain, shown = (
         PromptedSystem(base, tokenizer, questions, 6, examples) for examples in ([], [example] * 2)
     )
-    assert tokenizer.decode(shown.prompts[0].tokens) == (
+    assert tokenizer.decode(shown.prompts()[0].tokens) == (
         2 * "context: the mill \n question: who \n answer: Ann\n\n"
-        + tokenizer.decode(plain.prompts[0].tokens)
+        + tokenizer.decode(plain.prompts()[0].tokens)
     )
-    assert all(len(prompt.tokens) + 6 <= 256 for prompt in shown.prompts)
+    assert all(len(prompt.tokens) + 6 <= 256 for prompt in shown.prompts())
 
 
 def test_a_context_that_does_not_fit_is_cut_at_its_end(tokenizer):
@@ -57,6 +58,32 @@ def test_a_context_that_does_not_fit_is_cut_at_its_end(tokenizer):
     assert cut.question == whole.question
     assert len(cut.tokens) == 92
     assert cut.context == whole.context[: len(cut.context)]
+
+
+def test_several_contexts_stay_in_a_prompt_as_long_as_they_fit_and_the_right_one_always(tokenizer):
+    asked = Question("0", "who", "the mill", ["x"])
+    texts = ["a barn", "a farm", "the mill", "a lake"]
+    all_tokens = 18 + 18 + 20 + 18  # that each adds to a prompt
+    question = len(make_prompt(tokenizer, asked, 256, 8).question)
+
+    def read(room, order=None, several=texts):
+        prompt = make_prompt(tokenizer, asked, room + question + 8, 8, several, order)
+        assert len(prompt.context) <= room
+        kept = tokenizer.decode(prompt.context).split(" \n ")
+        assert len(kept) + prompt.left_out == len(several)
+        return [text.removeprefix("context: ") for text in kept], prompt.was_cut
+
+    assert read(all_tokens) == (texts, False)
+    assert read(all_tokens - 1) == (["a barn", "a farm", "the mill"], False)
+    assert read(20 + 18) == (["a barn", "the mill"], False)
+    assert read(20) == (["the mill"], False)
+    assert read(14) == (["the m"], True)
+    assert read(30, several=["a barn", "a lake"]) == (["a barn"], False)
+    shuffled, _ = read(all_tokens - 1, np.random.default_rng(0))
+    assert sorted(shuffled) == ["a barn", "a farm", "the mill"]
+    assert shuffled != ["a barn", "a farm", "the mill"]
+    one, alone = (make_prompt(tokenizer, asked, 256, 8, several) for several in (["the mill"], None))
+    assert one == alone
 
 
 def test_answers_are_those_of_each_prompt_alone(base, tokenizer, questions):
@@ -86,12 +113,12 @@ def test_a_stored_cache_changes_no_answer(tmp_path, tokenizer, questions, config
     rows = list(range(len(questions)))
     held = PrefixCachedSystem(model, tokenizer, questions, None, max_new_tokens=8)
     assert [answer["with_context"][0] for answer in held(rows)] == [a["with_context"][0] for a in cold(rows)]
-    assert len(held.cache._held) == len({tuple(prompt.context) for prompt in cold.prompts})
+    assert len(held.cache._held) == len({tuple(prompt.context) for prompt in cold.prompts()})
     for _ in range(2):  # first the files are made, then they are read
         for ours, theirs in zip(cached(rows), cold(rows), strict=True):
             assert ours["with_context"][0] == theirs["with_context"][0]
             assert ours["with_context"][1] == pytest.approx(theirs["with_context"][1], abs=1e-4)
-    distinct = {tuple(prompt.context) for prompt in cold.prompts}
+    distinct = {tuple(prompt.context) for prompt in cold.prompts()}
     assert len(list((tmp_path / "cache").iterdir())) == len(distinct)
     assert (cold.num_cut > 0) == ("n_positions" in config)
 
