@@ -55,7 +55,8 @@ LAYOUTS = {
 }
 GENERATION = ("small_narrow", "small", "small_llama", "small_multi_query", "medium")
 TRAINING = ("small", "small_llama", "small_before", "small_unshared", "medium", "medium_unshared")
-DENSE = ("small", "small_llama", "medium")  # measured with both numbers of labels, the others with an answer's alone
+# Measured with both numbers of labels, the others with an answer's alone.
+DENSE = ("small", "small_llama", "medium")
 QUESTION_TOKENS, NEW_TOKENS = 16, 24
 TRAIN_ROWS, TRAIN_CONTEXT, TRAIN_TOKENS = 4, 512, 64
 TRAIN_LABELS = (64, 16)  # labelled tokens of a row: all of them, as `loss_on: all` has it, or an answer's
