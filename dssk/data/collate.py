@@ -47,10 +47,10 @@ class Collator:
 
     def _distinct(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One example of each context, where the model can tell which rows share it: as many read each."""
+        if not self.share_contexts:
+            return examples
         runs = [list(run) for _, run in groupby(examples, key=_context)]
-        if self.share_contexts and len({len(run) for run in runs}) == 1:
-            return [run[0] for run in runs]
-        return examples
+        return [run[0] for run in runs] if len({len(run) for run in runs}) == 1 else examples
 
     def _packed(self, examples: list[list[tuple[int, Any]]]) -> dict[str, torch.Tensor]:
         """The contexts of a batch, each there once, and which of them each row reads."""
