@@ -70,8 +70,16 @@ def rows_of(system: str, folder: Path | None, scores: Path) -> list[dict[str, An
                 own = control == "with_context"
                 row = {"system": system if own else f"{system}/{control}", "set": name}
                 row |= {key: scored[key] for key in SCORES} | {"nll": scored["answer_nll"]}
-                rows.append(row | (trained(folder) if folder and own else {}))
+                measured = costs(scores, name, file.stem.removeprefix(f"scores-{name}-")) if own else {}
+                rows.append(row | (trained(folder) if folder and own else {}) | measured)
     return rows
+
+
+def costs(folder: Path, name: str, system: str) -> dict[str, float]:
+    """What the comparison in a folder measured of a system's answers, if it did."""
+    table = read_json(folder / "table.json", list) if (folder / "table.json").is_file() else []
+    rows = [row for row in table if (row["system"], row["data"]) == (system, name)]
+    return {key: row[key] for row in rows for key in ("first_token_s", "tokens_per_s") if row.get(key)}
 
 
 def main(words: list[str]) -> None:
