@@ -70,7 +70,7 @@ def build_parser() -> Parser:
         type=positive_int,
         default=BATCH_SIZE,
         metavar="QUESTIONS",
-        help="answered at a time",
+        help="answered at a time, fewer where contexts are long",
     )
     parser.add_argument(
         "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="TOKENS", help="longest answer"

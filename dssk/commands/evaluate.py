@@ -54,7 +54,11 @@ def build_parser() -> Parser:
         help="score this many, spread over the split (all)",
     )
     parser.add_argument(
-        "--batch_size", type=positive_int, default=BATCH_SIZE, metavar="QUESTIONS", help="answered at a time"
+        "--batch_size",
+        type=positive_int,
+        default=BATCH_SIZE,
+        metavar="QUESTIONS",
+        help="answered at a time, fewer where contexts are long",
     )
     parser.add_argument(
         "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="TOKENS", help="longest answer"

@@ -21,6 +21,7 @@ from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
 from dssk.evaluation.questions import QuestionSet
 from dssk.evaluation.scores import Prediction
 from dssk.inference.batching import length_batches
+from dssk.inference.encoding import BATCH_TOKENS
 from dssk.utils import files
 from dssk.utils.ranks import Ranks
 
@@ -45,7 +46,7 @@ def answer_all(
     `settings` must tell everything that decides the answers: a partial file of others is discarded. Call
     `discard_partial` once the results are used.
     """
-    batches = length_batches(questions.context_tokens, batch_size)
+    batches = length_batches(questions.context_tokens, batch_size, BATCH_TOKENS)
     settings = {**settings, "questions": questions.fingerprint, "batch_size": batch_size}
     done = ranks.from_first(lambda: _resume(path, settings))
     if done and ranks.rank == 0:

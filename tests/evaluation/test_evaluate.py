@@ -10,6 +10,7 @@ import torch
 
 from dssk.commands import evaluate as command
 from dssk.errors import DsskError, Locked
+from dssk.evaluation import predictions
 from dssk.evaluation.evaluate import (
     CONTROLS,
     CrossAttentionSystem,
@@ -150,6 +151,21 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path,
     assert len(calls) == len(questions) // 2 - 1
     assert f"dssk: 3 of {len(questions)} questions were answered before" in capsys.readouterr().err
     assert path.read_bytes() == (tmp_path / "a" / "predictions.jsonl").read_bytes()
+
+
+def test_long_contexts_make_smaller_batches(checkpoint, store_path, tmp_path, monkeypatch):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    longest, sizes = max(questions.context_tokens), []
+    monkeypatch.setattr(predictions, "BATCH_TOKENS", 3 * longest)
+
+    def system(rows):
+        sizes.append(len(rows) * max(questions.context_tokens[row] for row in rows))
+        return [{"with_context": ("", None)} for _ in rows]
+
+    answer_all(questions, system, tmp_path / "predictions.jsonl", {}, 100, Ranks(0, 1, 0))
+    assert max(sizes) <= 3 * longest
+    assert len(sizes) > 1  # of 100 questions at a time
 
 
 def test_an_altered_byte_of_a_partial_file_changes_no_answer(checkpoint, store_path, tmp_path):
