@@ -1,7 +1,9 @@
 """DeepSpeed's configuration file, compared with the experiment before anything is loaded."""
 
+import contextlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ AUTO = "auto"
 
 
 def load_deepspeed_config(path: str, cfg: ExperimentConfig, skip_steps: int) -> dict[str, Any]:
-    """The content of the file, checked, for a process that DeepSpeed's launcher has started."""
+    """The content of the file, checked, for a process that DeepSpeed's launcher has started.
+
+    DeepSpeed is imported with its log on standard error; left alone, it would write to standard output.
+    """
     config = check_deepspeed_config(path, cfg, skip_steps)
     if importlib.util.find_spec("deepspeed") is None:
         raise DsskError(
@@ -24,6 +29,8 @@ def load_deepspeed_config(path: str, cfg: ExperimentConfig, skip_steps: int) -> 
         raise DsskError(
             "--deepspeed needs its launcher: deepspeed --num_gpus N trainval.py ... in place of python"
         )
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module("deepspeed")
     return config
 
 

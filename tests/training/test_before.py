@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -19,7 +20,7 @@ from dssk.commands.train import parse_args
 from dssk.config import expand_group, parse_experiment
 from dssk.errors import DsskError, EnvironmentFault
 from dssk.inference.loading import load_base_config
-from dssk.training.deepspeed_config import check_deepspeed_config
+from dssk.training.deepspeed_config import check_deepspeed_config, load_deepspeed_config
 from dssk.training.estimate import estimate, meta_model
 from dssk.training.published import published_config
 from dssk.training.run import build_model, choose_experiment
@@ -104,6 +105,21 @@ def test_nonsense_in_the_file_is_a_sentence(value):
                 "dssk.training.deepspeed_config.read_json_object", lambda path, content=config: content
             )
             check_deepspeed_config("x.json", cfg, 1)
+
+
+def test_deepspeeds_log_goes_where_messages_go(tmp_path, base_path, monkeypatch, capsys):
+    (tmp_path / "deepspeed.py").write_text(
+        "import logging, sys\nprint('banner')\n"
+        "logging.StreamHandler(sys.stdout).emit(logging.makeLogRecord({'msg': 'setting up'}))"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    file = REPOSITORY / "resources" / "ds_config_zero.json"
+    load_deepspeed_config(str(file), parse_experiment(experiment(base_path)), 1)
+    del sys.modules["deepspeed"]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "banner\nsetting up\n")
 
 
 # Weights & Biases
