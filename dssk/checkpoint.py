@@ -7,7 +7,6 @@ xxh3_128 of every other file. Without a manifest that fits, it does not exist fo
 import contextlib
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,7 @@ def finish_checkpoint(folder: Path, facts: dict[str, Any]) -> int:
         for name in _names(folder):
             (folder / name).chmod(mode)  # libraries write weights for their owner alone
         entries = {name: _flushed(folder / name) for name in _names(folder)}
-    files.sync_folder(folder)
+    files.sync(folder)
     body = {"format_version": FORMAT_VERSION, **facts, "files": entries}
     files.publish_json(folder / MANIFEST, {**body, "checksum": _checksum(body)})
     return sum(entry["num_bytes"] for entry in entries.values())
@@ -71,11 +70,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _flushed(path: Path) -> dict[str, Any]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(path)
     return {"num_bytes": path.stat().st_size, "xxh3_128": files.xxh3_128(path)}
 
 

@@ -9,7 +9,8 @@
     report.html, report-*.png, attention.json   written by the report
     job_dict.json, job.sh, job_ended, code/, logs.txt, err.txt   of the run's job; written by its submission and itself
 
-Beside it lie `.<experiment id>.lock`, which its one writer holds, and `deleted/`, where a reset moves it.
+Beside it lie `.<experiment id>.lock`, which its one writer holds (`files.only_writer`), and `deleted/`, where a reset
+moves it.
 """
 
 import time
@@ -59,11 +60,6 @@ def find_run(path: str | Path) -> Path:
 def run_folders(savedir_base: Path) -> list[Path]:
     """The folders of runs directly below `savedir_base`, by name."""
     return [file.parent for file in sorted(savedir_base.glob(f"*/{EXP_DICT}"))]
-
-
-def lock_file(savedir: Path) -> Path:
-    """What the one writer of a run's folder holds; it lies beside the folder, which may be moved aside."""
-    return savedir.with_name(f".{savedir.name}.lock")
 
 
 def newest_model(savedir: Path) -> Path | None:

@@ -14,15 +14,16 @@ from dssk.data import plan as planning
 from dssk.data import sources
 from dssk.data.encode import Job, encode_shards
 from dssk.errors import DsskError, short
-from dssk.inference.fingerprint import is_model, model_fingerprint, tokenizer_hash
+from dssk.inference.fingerprint import is_model
 from dssk.inference.loading import load_base_config
 from dssk.inference.passages import Splitter
 from dssk.inference.rounding import StorageDtype
-from dssk.inference.tokenizer import load_tokenizer, template_version
+from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.layers import layers_name, named_layers
 from dssk.models.shapes import window
 from dssk.store.dataset import finish
-from dssk.store.manifest import MANIFEST, Manifest, Settings, lock
+from dssk.store.encoder import describe_encoding
+from dssk.store.manifest import MANIFEST, Manifest, Settings
 from dssk.store.opening import check_sizes, load_manifest
 from dssk.utils import files, ranks
 from dssk.utils.console import quiet_libraries
@@ -141,8 +142,7 @@ def prepare(request: Request, locks: contextlib.ExitStack, team: ranks.Ranks) ->
     if staging.exists() or not _is_complete(
         folder, settings, request, config
     ):  # a complete one may lie on a read-only disk
-        files.make_folder(folder.parent)
-        locks.enter_context(lock(folder))
+        locks.enter_context(files.only_writer(folder))
     if _is_complete(folder, settings, request, config):
         files.remove(staging)
         print(f"Encoded contexts found in {folder}: used again.")
@@ -187,22 +187,16 @@ def _check_devices(request: Request, team: ranks.Ranks) -> None:
 
 
 def _settings(request: Request, config: PreTrainedConfig, source: sources.Source) -> Settings:
-    tokenizer = load_tokenizer(request.embedding_model, request.revision)
-    encode_layer = _encode_layer(request, config)
-    return Settings(
-        model_id=request.embedding_model,
-        model_revision=getattr(config, "_commit_hash", None),
-        model_fingerprint=model_fingerprint(request.embedding_model, config, request.revision),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        hidden_size=config.hidden_size * (encode_layer.count("+") + 1),
-        encode_layer=encode_layer,
-        model_dtype=str(_model_dtype(request, config)).removeprefix("torch."),
-        storage_dtype=None if request.text_only else request.storage_dtype,
-        template_version=template_version(tokenizer),
-        maximum_input_length=request.maximum_input_length,
-        shard_rows=request.shard_rows,
-        source=source.describe() | request.passages(),
+    encoding = describe_encoding(
+        request.embedding_model,
+        request.revision,
+        None if request.text_only else request.storage_dtype,
+        request.maximum_input_length,
+        _encode_layer(request, config),
     )
+    encoding["model_dtype"] = str(_model_dtype(request, config)).removeprefix("torch.")
+    source_facts = source.describe() | request.passages()
+    return Settings(**encoding, shard_rows=request.shard_rows, source=source_facts)
 
 
 def _encode_layer(request: Request, config: PreTrainedConfig) -> str:

@@ -18,7 +18,7 @@ from dssk.data.distractors import Distractors, Source
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
-from dssk.evaluation.predictions import Answers, answer_all, answer_trials, discard_partial, only_writer
+from dssk.evaluation.predictions import Answers, answer_all, answer_trials, discard_partial
 from dssk.evaluation.questions import (
     QuestionSet,
     check_encodings,
@@ -34,7 +34,7 @@ from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize
 from dssk.run_folder import PREDICTIONS, SCORES, model_step
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
-from dssk.utils.files import publish_json
+from dssk.utils.files import only_writer, publish_json
 from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, join
 
@@ -256,7 +256,7 @@ def evaluate_checkpoint(
     folder = find_model(checkpoint)
     file = Path(output) if output else output_folder(checkpoint) / SCORES
     predictions = file.with_name(PREDICTIONS)
-    with join() as ranks, only_writer(predictions, ranks):
+    with join() as ranks, ranks.first_holds(only_writer(predictions)):
         model, tokenizer = load_model(folder, device=device(ranks.local_rank))
         source = data_path or dataset or ""
         check_encodings(source, folder)

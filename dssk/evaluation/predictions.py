@@ -6,10 +6,9 @@ Batches depend on the questions alone, so it changes nothing where a run was int
 the work.
 """
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,19 +87,6 @@ def answer_trials(
             for i, answered in zip(places, answer(numbers, chosen), strict=True):
                 answers[i][control] = answered
     return answers
-
-
-@contextlib.contextmanager
-def only_writer(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Be the only evaluation, of any number of ranks, that writes `path` and what lies beside it."""
-    with contextlib.ExitStack() as held:
-
-        def hold() -> None:
-            files.make_folder(path.parent)
-            held.enter_context(files.lock(path.with_name(f".{path.stem}.lock")))
-
-        ranks.from_first(hold)
-        yield
 
 
 def discard_partial(path: Path) -> None:

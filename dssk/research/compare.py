@@ -14,7 +14,7 @@ from typing import Any
 
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
-from dssk.evaluation.predictions import answer_all, discard_partial, only_writer
+from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
@@ -216,7 +216,7 @@ def system_list(text: str) -> list[str]:
 def compare_and_show(wanted: Comparison) -> None:
     """What `dssk compare` does."""
     output = Path(wanted.output)
-    with only_writer(output / TABLE, Ranks(0, 1, 0)):
+    with files.only_writer(output / TABLE):
         table = compare(wanted)
         print(render([row for row in table if "num_contexts" not in row]))
         if together := [row for row in table if "num_contexts" in row]:

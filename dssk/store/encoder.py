@@ -32,13 +32,13 @@ class Encoded(NamedTuple):
 def describe_encoding(
     model: str,
     revision: str | None,
-    storage_dtype: StorageDtype,
+    storage_dtype: StorageDtype | None,
     maximum_input_length: int | None,
     encode_layer: str = LAST,
 ) -> dict[str, Any]:
     """The fields of `Encoding` for what `model`, a base or a fused model, will encode.
 
-    `maximum_input_length` is the number of its positions if not given.
+    `maximum_input_length` is the number of its positions if not given; the type that it computes in is its own.
     """
     config: Any = load_base_config(model, revision, fused=True)
     longest = maximum_input_length or window(config)

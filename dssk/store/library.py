@@ -29,7 +29,7 @@ from dssk.inference.passages import Splitter
 from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
-from dssk.store.manifest import CONTEXTS, MANIFEST, FileInfo, Manifest, Segment, lock
+from dssk.store.manifest import CONTEXTS, MANIFEST, FileInfo, Manifest, Segment
 from dssk.store.opening import check_model, is_store, load_manifest, repair, verified
 from dssk.store.search import WordIndex, search
 from dssk.store.segments import (
@@ -334,8 +334,7 @@ class ContextLibrary:
         return passages
 
     def _create(self, manifest: Manifest) -> None:
-        files.make_folder(self.path.parent)
-        with lock(self.path):
+        with files.only_writer(self.path):
             if is_store(self.path):  # another process was sooner
                 return
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -350,7 +349,7 @@ class ContextLibrary:
             raise DsskError(
                 f"{self.path} is the store of a data set, it can only be read: begin a library in a new folder"
             )
-        with lock(self.path):
+        with files.only_writer(self.path):
             self._open()
             files.remove_temps(self.path)
             self._remove_unnamed()

@@ -8,7 +8,6 @@
 A library is a store that grows and is searched; the store of a data set is one with questions.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +17,6 @@ from pydantic_core import from_json, to_json
 
 from dssk.errors import DsskError
 from dssk.inference.rounding import StorageDtype
-from dssk.utils import files
 
 MANIFEST = "manifest.json"
 CONTEXTS = "contexts"
@@ -194,11 +192,6 @@ class Manifest(Encoding, Checked):
         if self.data_set is None:
             raise DsskError("got a library, which has no questions: want a folder that dssk preproc made")
         return self.data_set
-
-
-def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Be the only one to write to a store; the lock file lies beside it, so that the store is only what it holds."""
-    return files.lock(folder.with_name(f".{folder.name}.lock"))
 
 
 def shard_name(index: int, num_shards: int) -> str:

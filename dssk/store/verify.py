@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dssk.errors import DamagedData, DsskError
-from dssk.store.manifest import CONTEXTS, MANIFEST, SPLITS, FileInfo, Manifest, load_shard_info, lock
+from dssk.store.manifest import CONTEXTS, MANIFEST, SPLITS, FileInfo, Manifest, load_shard_info
 from dssk.store.opening import find_fault, load_manifest, repair
 from dssk.utils import files, hashes
 
@@ -58,7 +58,7 @@ def discard(folder: Path) -> list[str]:
         raise DsskError(
             f"{folder} is no data set's store, so nothing in it can be made again: {repair(folder)}"
         )
-    with lock(folder):
+    with files.only_writer(folder):
         try:
             infos = load_manifest(folder).all_files
         except DsskError:

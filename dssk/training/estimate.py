@@ -53,9 +53,13 @@ class Estimate:
 
 def meta_model(cfg: ExperimentConfig, base: PreTrainedConfig) -> Any:
     """The model of an experiment with shapes and no values: seconds and no memory, whatever its size."""
-    ours = {key: value for key, value in cfg.model_dump().items() if key in FIELDS}
     with torch.device("meta"):
-        return family(base.model_type).causal_lm(fused_config(base, **ours))
+        return family(base.model_type).causal_lm(fused_config(base, **model_fields(cfg)))
+
+
+def model_fields(cfg: ExperimentConfig) -> dict[str, Any]:
+    """The keys of an experiment that describe the model; its configuration has the same names for them."""
+    return {key: value for key, value in cfg.model_dump().items() if key in FIELDS}
 
 
 def estimate(cfg: ExperimentConfig, model: Any) -> Estimate:

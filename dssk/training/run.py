@@ -32,12 +32,12 @@ from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import is_adapters, load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
-from dssk.models.configuration import BASE, FIELDS
+from dssk.models.configuration import BASE
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import window
-from dssk.run_folder import lock_file, move_aside, stored_experiment, write_experiment
+from dssk.run_folder import move_aside, stored_experiment, write_experiment
 from dssk.store import verify
 from dssk.store.dataset import load_contexts, load_rows
 from dssk.store.manifest import Manifest
@@ -55,7 +55,7 @@ from dssk.training.stopping import LeaveTraining, StopEarly, StopOnSignal, StopR
 from dssk.training.trainer import CrossAttnTrainer
 from dssk.training.wandb_report import WandbReport, check_wandb
 from dssk.utils.console import quiet_libraries
-from dssk.utils.files import lock, make_folder, remove_temps, size
+from dssk.utils.files import make_folder, only_writer, remove_temps, size
 from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, launched
 
@@ -78,7 +78,7 @@ def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
         return
     arguments = training_arguments(cfg, run, savedir, cfg.skip_steps)  # joins the launcher's process group
     ranks = Ranks(arguments.process_index, arguments.world_size, arguments.local_process_index)
-    with only_writer(savedir, ranks):
+    with ranks.first_holds(only_writer(savedir)):
         verify.check(run.data_path, ranks.rank, ranks.size)
         start = ranks.from_first(lambda: open_savedir(savedir, run, cfg, exp_dict, data))
         if start.skip_steps != cfg.skip_steps:
@@ -134,7 +134,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
         check_context_ids(cfg, load_tokenizer(cfg.model_path))
     base = load_base_config(cfg.model_path)
     try:
-        model = fused_config(base, **cross_attn_fields(cfg))
+        model = fused_config(base, **estimate.model_fields(cfg))
         check_model(manifest, cfg.model_path, None, layers_name(model.encode_layers, model.num_hidden_layers))
         if block_start(cfg) == "copy":
             check_copy_init(model)
@@ -187,15 +187,10 @@ def check_without_val(cfg: ExperimentConfig) -> None:
         )
 
 
-def cross_attn_fields(cfg: ExperimentConfig) -> dict[str, Any]:
-    """The fields of an experiment that describe the model; they have the same names in both configurations."""
-    return {key: value for key, value in cfg.model_dump().items() if key in FIELDS}
-
-
 def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnForCausalLM:
     """The base with new blocks. In mixed precision the frozen base is kept in half, the blocks in fp32."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16 if cfg.bf16 else torch.float32
-    model = from_base(cfg.model_path, dtype=dtype, **cross_attn_fields(cfg))
+    model = from_base(cfg.model_path, dtype=dtype, **estimate.model_fields(cfg))
     for module in model.trained_modules:
         module.float()
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -280,19 +275,6 @@ def distinct_contexts(
         if text not in seen:
             seen.add(text)
             yield tokenize_context(tokenizer, text)[:context_size]
-
-
-@contextlib.contextmanager
-def only_writer(savedir: Path, ranks: Ranks) -> Iterator[None]:
-    """Let this be the only run in a folder: the first rank holds its lock, which outlives a reset beside it."""
-    with contextlib.ExitStack() as stack:
-
-        def hold() -> None:
-            make_folder(savedir.parent)
-            stack.enter_context(lock(lock_file(savedir)))
-
-        ranks.from_first(hold)
-        yield
 
 
 def open_savedir(

@@ -61,7 +61,7 @@ def publish(path: Path) -> Iterator[HashingWriter]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temp, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # on a read-only disk there is none to remove
             temp.unlink(missing_ok=True)
@@ -103,15 +103,14 @@ def publish_folder(path: Path) -> Iterator[Path]:
         yield temp
         for file in (file for file in temp.rglob("*") if file.is_file()):
             file.chmod(public_mode())
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+            sync(file)
         os.rename(temp, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (new, renamed, removed) survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder (new, renamed, removed), survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

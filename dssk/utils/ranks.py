@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -42,6 +43,13 @@ class Ranks:
         if isinstance(shared[0], DsskError):
             raise shared[0]
         return shared[0]
+
+    @contextlib.contextmanager
+    def first_holds(self, resource: AbstractContextManager[None]) -> Iterator[None]:
+        """Run the block in every process while the first one holds `resource`, such as a lock."""
+        with contextlib.ExitStack() as stack:
+            self.from_first(lambda: stack.enter_context(resource))
+            yield
 
     def wait(self) -> None:
         """Return when every process has come here."""

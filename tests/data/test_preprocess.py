@@ -18,7 +18,6 @@ from dssk.config import experiment_id
 from dssk.data import encode
 from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, run
 from dssk.store.dataset import load_rows
-from dssk.store.manifest import lock
 from dssk.store.opening import load_manifest
 from dssk.training.run import train
 from dssk.utils import files
@@ -222,7 +221,7 @@ def test_every_moment_of_death_leaves_a_folder_that_goes_on(tmp_path, preprocess
 
     def run_until(folder, last_step):
         with monkeypatch.context() as patch:
-            for module, name in ((files.os, "replace"), (files, "remove"), (files, "sync_folder")):
+            for module, name in ((files.os, "replace"), (files, "remove"), (files, "sync")):
                 real = getattr(module, name)
 
                 def step(*args, real=real, name=name):
@@ -290,7 +289,10 @@ def test_too_small_a_disk_is_refused_before_anything_is_encoded(tmp_path, prepro
 def test_a_second_process_on_the_same_folder_is_told_who_holds_it(tmp_path, preprocess, source, base_path):
     folder = tmp_path / "processed_data" / base_path.name
     folder.parent.mkdir()
-    with lock(folder), pytest.raises(Locked, match=r'held by \{"host": ".*", "pid": \d+, "since": "'):
+    with (
+        files.only_writer(folder),
+        pytest.raises(Locked, match=r'held by \{"host": ".*", "pid": \d+, "since": "'),
+    ):
         preprocess(tmp_path, source)
     preprocess(tmp_path, source)
 

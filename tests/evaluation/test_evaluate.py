@@ -19,10 +19,11 @@ from dssk.evaluation.evaluate import (
     output_folder,
     trials,
 )
-from dssk.evaluation.predictions import answer_all, discard_partial, only_writer
+from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import load_questions
 from dssk.inference.loading import load_model
 from dssk.inference.tokenizer import load_tokenizer
+from dssk.utils.files import only_writer
 from dssk.utils.ranks import Ranks
 from tests.conftest import REPOSITORY, fused, question_rows
 
@@ -114,7 +115,7 @@ def test_two_evaluations_into_one_folder_do_not_meet(checkpoint, store_path, tmp
     """The second says who holds it, whatever name its scores are to have."""
     predictions = tmp_path / "predictions.jsonl"
     flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--output", tmp_path / "other.json"]
-    with only_writer(predictions, Ranks(0, 1, 0)), pytest.raises(Locked, match="pid"):
+    with only_writer(predictions), pytest.raises(Locked, match="pid"):
         run_evaluate(monkeypatch, *flags)
     assert not list(tmp_path.iterdir())
 

@@ -179,7 +179,7 @@ MUTANTS = [
     # --- files
     _M(UTILS + "files.py", "                os.fsync(file.fileno())\n            os.replace",
        "            os.replace", "utils/test_files.py -k on_the_disk"),
-    _M(UTILS + "files.py", "            os.replace(temp, path)\n            sync_folder(path.parent)\n",
+    _M(UTILS + "files.py", "            os.replace(temp, path)\n            sync(path.parent)\n",
        "            os.replace(temp, path)\n", "utils/test_files.py -k on_the_disk"),
     _M(UTILS + "files.py", 'part not in (".", "..")', "part", "utils/test_files.py -k never_leads"),
     _M(UTILS + "files.py", "if path.resolve().is_relative_to(folder.resolve()):", "if True:",

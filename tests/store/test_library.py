@@ -19,7 +19,7 @@ from dssk.inference.passages import Splitter
 from dssk.store import library, verify
 from dssk.store.dataset import load_rows
 from dssk.store.library import ContextLibrary
-from dssk.store.manifest import FileInfo, lock
+from dssk.store.manifest import FileInfo
 from dssk.store.opening import load_manifest
 from dssk.store.search import WordIndex, search
 from dssk.store.segments import SegmentFile
@@ -452,7 +452,7 @@ def test_a_reader_meets_an_index_that_another_process_replaced(filled):
 
 def test_only_one_writes_at_a_time_and_nobody_else_s_work_is_lost(filled):
     other = ContextLibrary(filled.path)
-    with lock(filled.path), pytest.raises(Locked, match="is held by"):
+    with files.only_writer(filled.path), pytest.raises(Locked, match="is held by"):
         other.add(["x"])
     other.add(["x"], ids=["x"])
     filled.add(["y"], ids=["y"])
@@ -460,6 +460,12 @@ def test_only_one_writes_at_a_time_and_nobody_else_s_work_is_lost(filled):
     other.remove("x")
     with pytest.raises(DsskError, match="no context 'x'"):
         filled.remove("x")
+
+
+def test_the_current_directory_can_be_a_library(filled, monkeypatch):
+    monkeypatch.chdir(filled.path)
+    ContextLibrary(".").add(["x"], ids=["x"])
+    assert list(ContextLibrary(".")) == ["mill", "bridge", "ann", "x"]
 
 
 def _write_until_killed(path, step: int) -> None:
