@@ -119,25 +119,16 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 def to_candidates(encode_layer: Sequence[str], num_layers: int) -> "list[Layers]":
     """The layers to try: all of them for `auto`, else the one or two that are named."""
-    from dssk.models.layers import layer_index
+    from dssk.models.layers import named_layers
 
     if list(encode_layer) == [AUTO]:
         return [(layer,) for layer in range(1, num_layers + 1)]
     if len(encode_layer) > 2 or AUTO in encode_layer:
         raise DsskError(f"--encode_layer {' '.join(encode_layer)}: want {AUTO}, one layer, or two")
     try:
-        return [tuple(layer_index(_number(text), num_layers) for text in encode_layer)]
+        return [named_layers("+".join(encode_layer), num_layers)]
     except ValueError as error:
         raise DsskError(f"--encode_layer: {error}") from error
-
-
-def _number(text: str) -> str | int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def say(score: "LayerScore") -> None:

@@ -18,7 +18,6 @@ from dssk.data.schemas import FIELDS, rename
 from dssk.errors import DsskError, EnvironmentFault, short
 from dssk.inference.fingerprint import file_fingerprint
 
-NATURAL_QUESTIONS = "google-research-datasets/natural_questions"
 _NOT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _SPLIT_WORDS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val"}
 COMMITS = ("dataset_commit", "val_dataset_commit")

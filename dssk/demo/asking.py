@@ -4,11 +4,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dssk.errors import DsskError
@@ -18,7 +16,7 @@ from dssk.inference.loading import FusedModel, device, load_model
 from dssk.inference.passages import Splitter
 from dssk.inference.tokenizer import tokenize_context
 from dssk.models.shapes import window
-from dssk.store.library import ContextLibrary
+from dssk.store.library import Context, ContextLibrary
 from dssk.store.search import WordIndex
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
 from dssk.utils.files import machine_faults, publish_text
@@ -26,20 +24,6 @@ from dssk.utils.json_files import parse_json
 
 QUIT = "/quit"
 NOTHING_FOUND = "[no context found: the model answers by itself]"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A context that a question reads: one of a library, or a text or a passage of one that was given."""
-
-    id: str  # in its library; the name of a text
-    title: str
-    text: str
-    document: str  # the id of the text that it is a passage of; empty for a whole text
-    start: int  # its first character there
-    end: int  # and the one after its last
-    states: torch.Tensor  # (S, d)
-    in_library: bool = True
 
 
 def ask(
@@ -76,17 +60,15 @@ def ask(
         return
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "show_progress": bool(input)}
     found = [finder.find(row["question"], row.get("context_id")) for row in rows]
-    questions, states = (
-        [row["question"] for row in rows],
-        [[context.states for context in one] for one in found],
-    )
+    questions = [row["question"] for row in rows]
+    states = [[context.encoder_hidden_states for context in one] for one in found]
     answers = model.answer(questions, states, tokenizer, **settings)
     sources = [
         attended(model, tokenizer, question, answer, one)
         for question, answer, one in zip(questions, answers, found, strict=True)
     ]
     if input:
-        write_answers(rows, answers, found, sources, output)
+        write_answers(rows, answers, found if library else [[] for _ in rows], sources, output)
         return
     for answer, read in zip(answers, sources, strict=True):
         say_nothing_found(read)
@@ -99,8 +81,8 @@ class Finder:
 
     def __init__(self, library: ContextLibrary | None, ids: Sequence[str] | None = None, k: int | None = 1):
         self._library, self._k = library, k
-        self._known: dict[str, Found] = {}
-        self._given: list[Found] | None = self._fetch(ids) if ids else None
+        self._known: dict[str, Context] = {}
+        self._given: list[Context] | None = self._fetch(ids) if ids else None
         self._index: WordIndex | None = None  # of given texts, where some of them are to be picked
 
     @classmethod
@@ -121,9 +103,9 @@ class Finder:
         given = []
         for (name, text), several in zip(texts.items(), encoded, strict=True):
             for number, (states, passage) in enumerate(several, start=1):
-                whole = len(several) == 1
-                id, document = (name, "") if whole else (f"{name}#{number}", name)
-                given.append(Found(id, "", passage.text, document, passage.start, passage.end, states, False))
+                id, document = (name, "") if len(several) == 1 else (f"{name}#{number}", name)
+                place = (document, passage.start, passage.end)
+                given.append(Context(id, "", passage.text, *place, len(states), truncate, states))
             if truncate and (lost := len(tokenize_context(tokenizer, text)) - len(several[0][0])) > 0:
                 print(f"dssk: --truncate: {lost} tokens of {name} are not read", file=sys.stderr)
         finder = cls(None, k=k)
@@ -132,7 +114,7 @@ class Finder:
             finder._index = WordIndex.of_texts([context.text for context in given])
         return finder
 
-    def find(self, question: str, ids: Sequence[str] | None = None) -> list[Found]:
+    def find(self, question: str, ids: Sequence[str] | None = None) -> list[Context]:
         """The contexts for `question`; `ids` come first."""
         if self._given is not None and not ids:
             if self._index is None:
@@ -142,23 +124,25 @@ class Finder:
             raise DsskError(f"{question[:40]!r} names a context: pass --library")
         return self._fetch(ids or [hit.id for hit in self._library.search(question, self._k or 1)])
 
-    def _fetch(self, ids: Sequence[str]) -> list[Found]:
+    def _fetch(self, ids: Sequence[str]) -> list[Context]:
         """Contexts of the library; the same states for the same id, so that its questions share a projection."""
         assert self._library is not None
         for id in ids:
             if id not in self._known:
-                c = self._library.get(id)
-                self._known[id] = Found(
-                    id, c.title, c.text, c.document, c.start, c.end, c.encoder_hidden_states
-                )
+                self._known[id] = self._library.get(id)
         return [self._known[id] for id in ids]
 
 
 def attended(
-    model: FusedModel, tokenizer: PreTrainedTokenizerBase, question: str, answer: str, found: Sequence[Found]
-) -> list[tuple[Found, Seen]]:
+    model: FusedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    answer: str,
+    found: Sequence[Context],
+) -> list[tuple[Context, Seen]]:
     """The contexts of an answer with what it attended to in each, most first."""
-    parts = seen(model, tokenizer, question, answer, [(context.text, context.states) for context in found])
+    contexts = [(context.text, context.encoder_hidden_states) for context in found]
+    parts = seen(model, tokenizer, question, answer, contexts)
     parts = parts or [Seen(0.0, 0, 0)] * len(found)  # an answer without tokens
     return sorted(zip(found, parts, strict=True), key=lambda pair: -pair[1].share)
 
@@ -175,7 +159,7 @@ def converse(
         found = finder.find(question)
         say_nothing_found(found)
         stream = _Stream(tokenizer)
-        states = [context.states for context in found]
+        states = [context.encoder_hidden_states for context in found]
         answer = model.answer(question, states, tokenizer, streamer=stream, max_new_tokens=max_new_tokens)
         show_sources(attended(model, tokenizer, question, answer, found))
 
@@ -186,7 +170,7 @@ def say_nothing_found(found: Sequence[Any]) -> None:
         print(NOTHING_FOUND)
 
 
-def show_sources(sources: Sequence[tuple[Found, Seen]]) -> None:
+def show_sources(sources: Sequence[tuple[Context, Seen]]) -> None:
     """Say after an answer what it was read in: a line for each context, the most attended to first."""
     for context, part in sources:
         title = f" ({context.title})" if context.title else ""
@@ -263,23 +247,24 @@ def _question(place: str, line: str) -> dict[str, Any]:
 def write_answers(
     rows: Sequence[dict[str, Any]],
     answers: Sequence[str],
-    found: Sequence[Sequence[Found]],
-    sources: Sequence[Sequence[tuple[Found, Seen]]],
+    found: Sequence[Sequence[Context]],
+    sources: Sequence[Sequence[tuple[Context, Seen]]],
     output: str | None,
 ) -> None:
     """The rows with "answer", "context_ids" and "sources", to a file or standard output.
 
-    A line whose question found nothing begins with "nothing_found".
+    `found` are the contexts of a library that each question reads, in the order of the search. A line whose question
+    found nothing begins with "nothing_found".
     """
-    if without := sum(not one for one in found):
+    if without := sum(not read for read in sources):
         print(f"dssk: no context found for {without} of {len(rows)} questions", file=sys.stderr)
     lines = "".join(
         _as_line(
             {
-                **({} if one else {"nothing_found": True}),
+                **({} if read else {"nothing_found": True}),
                 **row,
                 "answer": answer,
-                "context_ids": [context.id for context in one if context.in_library],
+                "context_ids": [context.id for context in one],
                 "sources": [_source(*pair) for pair in read],
             }
         )
@@ -294,7 +279,7 @@ def write_answers(
     publish_text(path, lines)
 
 
-def _source(context: Found, part: Seen) -> dict[str, Any]:
+def _source(context: Context, part: Seen) -> dict[str, Any]:
     """A context of an answer, as it is written: it stands from `start` to `end` in its document, the span in it."""
     return {
         "id": context.id,

@@ -24,18 +24,17 @@ def score(predictions: Sequence[Prediction], controls: Sequence[str]) -> dict[st
     compared = [p for p in predictions if "with_context" in p and "wrong_context" in p]
     if compared:
         beats = [p["with_context"]["answer_nll"] < p["wrong_context"]["answer_nll"] for p in compared]
-        scores |= _with_interval("right_beats_wrong", beats, _groups(compared))
+        scores |= with_interval("right_beats_wrong", beats, compared)
     return scores
 
 
 def score_control(predictions: Sequence[Prediction], control: str) -> dict[str, Any]:
     """The scores of at least one prediction under one control."""
-    groups = _groups(predictions)
     spans = [p[control]["em"] for p in predictions if p["answer_class"] == "span"]
     return {
         "n": len(predictions),
-        **_with_interval("em", _values(predictions, control, "em"), groups),
-        **_with_interval("f1", _values(predictions, control, "f1"), groups),
+        **with_interval("em", _values(predictions, control, "em"), predictions),
+        **with_interval("f1", _values(predictions, control, "f1"), predictions),
         "rouge_l": _mean(_values(predictions, control, "rouge_l")),
         "span_em": _mean(spans) if spans else None,
         "answer_nll": None if None in (nll := _values(predictions, control, "answer_nll")) else _mean(nll),
@@ -58,11 +57,7 @@ def interval(values: Sequence[float], groups: Sequence[int]) -> tuple[float, flo
 
 def with_interval(name: str, values: Sequence[float], predictions: Sequence[Prediction]) -> dict[str, float]:
     """The mean of `values`, one for each prediction, under a name, and its 95 % interval."""
-    return _with_interval(name, values, _groups(predictions))
-
-
-def _with_interval(name: str, values: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
-    low, high = interval(values, groups)
+    low, high = interval(values, _groups(predictions))
     return {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -96,7 +91,7 @@ def _by_context_tokens(predictions: Sequence[Prediction], control: str) -> list[
         if chosen:
             values = _values(chosen, control, "em")
             row = {"low": int(low), "high": int(high), "n": len(chosen)}
-            row |= _with_interval("em", values, _groups(chosen))  # type: ignore[arg-type]
+            row |= with_interval("em", values, chosen)  # type: ignore[arg-type]
             bins.append({**row, "f1": _mean(_values(chosen, control, "f1"))})
     return bins
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dssk.errors import DamagedData, DsskError
 from dssk.models.merged import MergedContext
-from dssk.utils.files import machine_faults
+from dssk.utils.files import machine_faults, publish
 
 FORMAT = "dssk-kv-cache"
 VERSION = "1"
@@ -25,13 +25,8 @@ def save_cache(context: MergedContext, path: Path, dtype: torch.dtype | None = N
     for index, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
         tensors[f"keys.{index}"] = keys.detach().to("cpu", dtype).contiguous()
         tensors[f"values.{index}"] = values.detach().to("cpu", dtype).contiguous()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with machine_faults(path):
-            save_file(tensors, temporary, {"format": FORMAT, "version": VERSION, **about})
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with publish(path) as file:
+        file.write(save(tensors, {"format": FORMAT, "version": VERSION, **about}))
 
 
 def load_cache(path: Path) -> MergedContext:

@@ -7,39 +7,15 @@ GONE = "GONE"  # the scheduler knows the job no longer, and the job left no word
 
 # Slurm's states as `man squeue` and `man sacct` list them, and the toolkit's.
 STATES = {
-    QUEUED: (
-        *(
-            "PENDING",
-            "CONFIGURING",
-            "POWER_UP_NODE",
-            "REQUEUED",
-            "REQUEUE_FED",
-            "REQUEUE_HOLD",
-            "RESV_DEL_HOLD",
-        ),
-        *("RECONFIG_FAIL", "SPECIAL_EXIT", "QUEUING", "QUEUED"),
-    ),
-    RUNNING: (
-        *("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "UPDATE_DB"),
-        *("CANCELLING",),
-    ),
-    COMPLETED: ("COMPLETED", "SUCCEEDED"),
-    FAILED: (
-        *(
-            "FAILED",
-            "BOOT_FAIL",
-            "DEADLINE",
-            "LAUNCH_FAILED",
-            "NODE_FAIL",
-            "OUT_OF_MEMORY",
-            "PREEMPTED",
-            "TIMEOUT",
-        ),
-        *("INTERRUPTED", GONE),
-    ),
-    CANCELLED: ("CANCELLED", "REVOKED"),
+    QUEUED: "PENDING CONFIGURING POWER_UP_NODE REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD RECONFIG_FAIL "
+    "SPECIAL_EXIT QUEUING QUEUED",
+    RUNNING: "RUNNING COMPLETING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED UPDATE_DB CANCELLING",
+    COMPLETED: "COMPLETED SUCCEEDED",
+    FAILED: "FAILED BOOT_FAIL DEADLINE LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT INTERRUPTED "
+    + GONE,
+    CANCELLED: "CANCELLED REVOKED",
 }
-_STATE_OF = {name: state for state, names in STATES.items() for name in names}
+_STATE_OF = {name: state for state, names in STATES.items() for name in names.split()}
 
 
 def state_of(reported: str) -> str:

@@ -59,13 +59,9 @@ class Mixed(_Base):
         return _restore, (cls, *reversed(mixins)), self.__getstate__()
 
 
+@functools.cache
 def mixed(mixin: Any, cls: Any) -> Any:
     """The class with a mixin before it, under its own name: sharding and offloading name classes."""
-    return _mixed(mixin, cls)
-
-
-@functools.cache
-def _mixed(mixin: Any, cls: Any) -> Any:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
 
 
@@ -77,7 +73,7 @@ def _restore(cls: type, *mixins: type) -> Any:
 def extend(module: Any, mixin: type[Mixed], **attributes: Any) -> None:
     """Mix a class in before a module's own, unless it is, and set attributes of the module."""
     if not isinstance(module, mixin):
-        module.__class__ = mixed(mixin, module.__class__)
+        module.__class__ = mixed(mixin, module.__class__)  # type: ignore[arg-type]
     for name, value in attributes.items():
         setattr(module, name, value)
 

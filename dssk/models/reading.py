@@ -1,13 +1,11 @@
 """How a context reaches the decoder layers: what is read during a call, and the mixins of what looks there."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dssk.models.cross_attention import CrossAttnBlock
 from dssk.models.layers import CallVariable, Mixed
 
 
@@ -34,12 +32,15 @@ class ReadingLayer(Mixed):
         now = reading.get()
         if now is None or now.context is None or self.cross_attn_index is None:
             return super().__call__(*args, **kwargs)
-        blocks, context, _ = now
-        index = self.cross_attn_index
-        # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
-        read = functools.partial(
-            _read, blocks[index], keys=context.keys[index], values=context.values[index], mask=context.mask
-        )
+        index, context = self.cross_attn_index, now.context
+        block = now.blocks[
+            index
+        ]  # looked up at each call, as other libraries replace modules; it checkpoints itself
+
+        def read(hidden_states: torch.Tensor) -> torch.Tensor:
+            # Positional: reentrant checkpointing tracks gradients of positional arguments alone.
+            return block(hidden_states, context.keys[index], context.values[index], context.mask)
+
         if self.cross_attn_final:
             output = super().__call__(*args, **kwargs)
             return (read(output[0]), *output[1:]) if isinstance(output, tuple) else read(output)
@@ -59,11 +60,6 @@ class ReadingLayer(Mixed):
             return super().forward(*args, **kwargs)
         finally:
             self.training = True
-
-
-def _read(block: CrossAttnBlock, hidden_states: torch.Tensor, keys, values, mask) -> torch.Tensor:
-    # Positional: reentrant checkpointing tracks gradients of positional arguments alone.
-    return block(hidden_states, keys, values, mask)
 
 
 class SkippedStack(Mixed):

@@ -14,7 +14,6 @@ from transformers.utils import cached_file
 
 from dssk.models.configuration import FIELDS, CrossAttnConfig, base_values
 
-WEIGHTS_FILE = "model.safetensors"
 HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",

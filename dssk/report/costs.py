@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from dssk.models.shapes import kv_cache_values
+from dssk.training.published import published_config
 
 BYTES_PER_VALUE = 2  # bfloat16
 
@@ -43,23 +44,19 @@ class CacheCost:
         return 2 * self.num_layers
 
 
-def _starcoder(name: str, num_layers: int, hidden_size: int) -> CacheCost:
-    head_size = 128
-    return CacheCost(name, num_layers, hidden_size, 1, 2 * num_layers * head_size)
-
-
-PUBLISHED = (
-    _starcoder("bigcode/starcoderbase-1b", 24, 2048),
-    _starcoder("TabbyML/SantaCoder-1B", 24, 2048),
-    _starcoder("bigcode/starcoderbase-3b", 36, 2816),
-    _starcoder("bigcode/starcoderbase-7b", 42, 4096),
-    _starcoder("bigcode/starcoder", 40, 6144),
-)
-
-
 def of_model(name: str, config: PreTrainedConfig) -> CacheCost:
-    """The same for a model at hand, of any family."""
+    """The bytes for a model of any family."""
     values = kv_cache_values(config)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = values // (2 * config.num_hidden_layers * head_size)
     return CacheCost(name, config.num_hidden_layers, config.hidden_size, heads, values)
+
+
+STARCODERS = (
+    "bigcode/starcoderbase-1b",
+    "TabbyML/SantaCoder-1B",
+    "bigcode/starcoderbase-3b",
+    "bigcode/starcoderbase-7b",
+    "bigcode/starcoder",
+)
+PUBLISHED = tuple(of_model(name, published_config(name)) for name in STARCODERS)

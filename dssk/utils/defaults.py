@@ -1,5 +1,6 @@
 """Values that flags and functions share: light to import, so that `--help` answers at once."""
 
+NATURAL_QUESTIONS = "google-research-datasets/natural_questions"  # on the Hub
 MAX_NEW_TOKENS = 32  # of an answer
 BATCH_SIZE = 32  # questions at a time
 STORAGE_DTYPES = ("fp32", "bf16", "fp16", "int8")

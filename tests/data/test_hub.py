@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dssk.data.sources import NATURAL_QUESTIONS
 from dssk.research import toy
 from dssk.store.opening import load_manifest
+from dssk.utils.defaults import NATURAL_QUESTIONS
 from tests.conftest import REPOSITORY
 from tests.data import fake_hub
 

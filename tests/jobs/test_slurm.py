@@ -36,7 +36,7 @@ def commands(tmp_path, monkeypatch):
 def test_every_state_of_slurm_has_a_meaning_that_haven_knows(kind):
     from_haven = {"alive": ALIVE, "failed": (FAILED,), "cancelled": (CANCELLED,), "completed": (COMPLETED,)}
     for name in OF_SLURM[kind].split():
-        assert name in {state for states in STATES.values() for state in states}
+        assert name in {state for states in STATES.values() for state in states.split()}
         assert state_of(name) in from_haven[kind]
 
 
