@@ -66,6 +66,17 @@ def test_another_number_is_mended_too(unfinished, preprocess, tmp_path, name, fi
     assert tree(preprocess(copy, source)) == whole
 
 
+def test_a_whole_shard_of_other_contexts_is_mended_too(unfinished, preprocess, tmp_path):
+    """Both its files fit each other; only its key tells that they are not of this place."""
+    cut, source, whole = unfinished
+    copy = shutil.copytree(cut, tmp_path / "copy")
+    (store,) = (copy / "processed_data").iterdir()
+    first, second = sorted((store / "contexts").glob("*.json"))[:2]
+    for suffix in (".json", ".arrow"):
+        shutil.copy(first.with_suffix(suffix), second.with_suffix(suffix))
+    assert tree(preprocess(copy, source)) == whole
+
+
 def test_files_of_others_stay(unfinished, preprocess, tmp_path):
     cut, source, whole = unfinished
     copy = shutil.copytree(cut, tmp_path / "copy")

@@ -322,7 +322,7 @@ def job_file(campaign: Campaign, rng: random.Random, here: Path) -> Case:
         "gpus": 1,
         "time": "1:00:00",
         "cpus": 2,
-        "memory": "4G",
+        "mem": "4G",
         "options": ["--exclusive"],
     }
     scheduler = rng.choice(("slurm", "slurm", "toolkit"))

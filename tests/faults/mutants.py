@@ -1,6 +1,7 @@
 """Small deliberate faults in the package, one at a time: `python -m tests.faults.mutants`.
 
-Each is made in a copy of the repository, where the tests that should notice it must fail. `mutant_list.py` has them.
+Each is made in a copy of the repository, where the tests that should notice it must fail, and pass again without it.
+`mutant_list.py` has them.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.faults.mutant_list import MUTANTS, Mutant
 from tests.faults.processes import Running, preload
@@ -75,7 +77,18 @@ def copy(folder: Path) -> Path:
     return folder
 
 
-def run_tests(words: list[str]) -> None:
+class Failed:
+    """A plugin of pytest that writes down what failed."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid)
+
+
+def run_tests(words: list[str], failed: Path) -> None:
     """pytest on the copy that is the working directory, with nothing of the original imported."""
     import pytest
 
@@ -84,20 +97,35 @@ def run_tests(words: list[str]) -> None:
         del sys.modules[name]
     sys.path[:] = [here, *(path for path in sys.path if path and Path(path).resolve() != REPOSITORY)]
     os.environ["PYTHONPATH"] = here
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words]))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words], [Failed(failed)]))
 
 
-def try_one(mutant: Mutant, folder: Path) -> int | None:
-    """pytest's exit code on a copy with this one fault; the copy is as it was afterwards."""
+def pytest_on(folder: Path, words: list[str]) -> tuple[int | None, str]:
+    """pytest's exit code, and the test that failed."""
+    failed = folder.with_name(f"{folder.name}.failed")
+    failed.unlink(missing_ok=True)
+    code = Running(run_tests, folder, "", words, failed).done(LIMIT_SECONDS).code
+    return code, failed.read_text() if failed.exists() else ""
+
+
+def try_one(mutant: Mutant, folder: Path) -> str:
+    """How a copy with this one fault is not noticed, or nothing; the copy is as it was afterwards."""
     file = folder / mutant.file
     whole = file.read_text()
     file.write_text(whole.replace(mutant.before, mutant.after))
     words = shlex.split(mutant.tests)
     tests = [f"tests/{name}" for name in paths(mutant)]
     try:
-        return Running(run_tests, folder, "", [*tests, *words[len(tests) :]]).done(LIMIT_SECONDS).code
+        code, failed = pytest_on(folder, [*tests, *words[len(tests) :]])
     finally:
         file.write_text(whole)
+    if code == PASSED:
+        return "not noticed"
+    if code != NOTICED:
+        return f"pytest ended with {code}"
+    if pytest_on(folder, [failed])[0] != PASSED:
+        return f"{failed} fails without it, too"
+    return ""
 
 
 def main() -> None:
@@ -106,13 +134,15 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=len(MUTANTS), help="of them, chosen by the seed (all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--file", default="", help="only of files whose name has this in it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (as many as cores)")
     args = parser.parse_args()
     if wrong := misfits():
         sys.exit("\n".join(wrong))
     known = [mutant for mutant in MUTANTS if args.file in mutant.file]
-    sys.exit(run_mutants(Random(args.seed).sample(known, min(args.count, len(known))), args.jobs))
+    chosen = Random(args.seed).sample(known, len(known))[args.first :][: args.count]
+    sys.exit(run_mutants(chosen, args.jobs))
 
 
 def run_mutants(mutants: Sequence[Mutant], jobs: int = 1) -> int:
@@ -124,10 +154,9 @@ def run_mutants(mutants: Sequence[Mutant], jobs: int = 1) -> int:
 
         def one(mutant: Mutant) -> None:
             folder = folders.pop()
-            code = try_one(mutant, folder)
+            how = try_one(mutant, folder)
             folders.append(folder)
-            if code != NOTICED:
-                how = "not noticed" if code == PASSED else f"pytest ended with {code}"
+            if how:
                 missed.append(mutant)
                 print(
                     f"{mutant.file}: {mutant.before!r} -> {mutant.after!r}: {how} by {mutant.tests}",

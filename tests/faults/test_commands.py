@@ -78,14 +78,25 @@ def test_a_mutant_is_made_in_a_copy_alone(tmp_path, monkeypatch):
     whole, seen = file.read_text(), []
 
     class Running:
-        def __init__(self, *args):
+        """A pytest that fails with the fault; and without it, too, if `flaky`."""
+
+        flaky = False
+
+        def __init__(self, call, folder, stdin, words, failed):
             seen.append(file.read_text())
+            self.broken = seen[-1] != whole
+            if self.broken:
+                failed.write_text("tests/test_errors.py::test_one")
+            else:
+                assert words == ["tests/test_errors.py::test_one"]
 
         def done(self, limit_seconds):
-            return Done([], mutants.NOTICED, "", "", 1.0)
+            return Done([], mutants.NOTICED if self.broken or self.flaky else mutants.PASSED, "", "", 1.0)
 
     monkeypatch.setattr(mutants, "Running", Running)
-    assert mutants.try_one(mutant, tmp_path) == mutants.NOTICED
-    assert seen == [whole.replace(mutant.before, mutant.after)] != [whole]
-    assert file.read_text() == whole
+    assert mutants.try_one(mutant, tmp_path) == ""
+    assert seen == [whole.replace(mutant.before, mutant.after), whole]
+    assert seen[0] != file.read_text() == whole
+    Running.flaky = True
+    assert "fails without it" in mutants.try_one(mutant, tmp_path)
     assert processes.LIMIT_SECONDS == 60
