@@ -1,21 +1,20 @@
-"""Answer questions from contexts that were encoded before, or from a text.
+"""Answer questions from encoded contexts, or from a text.
 
     dssk answer --checkpoint C --context FILE --question "..."
-    dssk answer --checkpoint C --library DIR                       # ask, and read the answers as they come
+    dssk answer --checkpoint C --library DIR                       # type questions, answers are streamed
     dssk answer --checkpoint C --library DIR --input QUESTIONS.jsonl --output ANSWERS.jsonl
 
-Without --context_id the library is searched (BM25) for each question. A line of --input has "question" and, at will,
-"context_id" (one or a list); it comes back with "answer", "context_ids" and "sources": each context with its place in
-its document, its share of the attention and the span most attended to. A question that no context shares a word with is
-answered without one, which is said first ("nothing_found"); "context_ids" is empty then.
+Without --context_id the library is searched (BM25) for each question. A line of --input has "question" and may have
+"context_id" (one or a list). It is written with "answer", "context_ids" and "sources": each context with its position
+in its document, its share of the attention and its most attended span. If no context shares a word with a question, it
+is answered without context: its line then begins with "nothing_found", and "context_ids" is empty.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
 
 from dssk.errors import DsskError
-from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
-from dssk.utils.flags import Parser, count, positive_int
+from dssk.utils.flags import Parser, add_checkpoint, add_generation, add_passages, positive_int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,54 +45,31 @@ def check(args: Namespace) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk answer", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="C", help="checkpoint, fused model, or a run's folder"
-    )
+    add = parser.add_argument
+    add_checkpoint(parser)
     sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--library", metavar="DIR", help="contexts of dssk library, or a prepared data set")
+    sources.add_argument("--library", metavar="DIR", help="a library of contexts, or a store")
     sources.add_argument(
         "--context",
         metavar="FILE",
         action="append",
-        help="text (UTF-8), - for standard input; may be given several times",
+        help="a text to answer from (UTF-8, - for standard input); repeatable",
     )
-    parser.add_argument(
+    add(
         "--context_id",
         metavar="ID",
         action="append",
-        help="context of the library for all questions; may be given several times",
+        help="context of the library to answer from, in place of a search; repeatable",
     )
-    parser.add_argument(
+    add(
         "--k",
         type=positive_int,
         metavar="CONTEXTS",
-        help="that the search picks for a question (1 of a library; all passages of texts)",
+        help="contexts to retrieve for each question (default: 1 from a library, all passages of texts)",
     )
-    parser.add_argument(
-        "--passage_tokens",
-        type=positive_int,
-        metavar="TOKENS",
-        help="of --context: longer texts are read as passages, cut where sentences end (the model's window)",
-    )
-    parser.add_argument(
-        "--overlap", type=count, default=0, metavar="TOKENS", help="that a passage repeats of the one before"
-    )
-    parser.add_argument(
-        "--truncate",
-        action="store_true",
-        help="of --context: cut longer texts off instead, and say how many tokens",
-    )
-    parser.add_argument(
-        "--question", action="append", help="may be given several times; without any, type them"
-    )
-    parser.add_argument("--input", metavar="FILE.jsonl", help="questions, one JSON object a line")
-    parser.add_argument(
-        "--output", metavar="FILE.jsonl", help="where the lines go with their answers (standard output)"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=BATCH_SIZE, metavar="QUESTIONS", help="answered at a time"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="TOKENS", help="longest answer"
-    )
+    add_passages(parser, "the model's window")
+    add("--question", metavar="TEXT", action="append", help="repeatable (default: standard input)")
+    add("--input", metavar="FILE.jsonl", help="file of questions, one JSON object a line")
+    add("--output", metavar="FILE.jsonl", help="file for the answers to --input (default: standard output)")
+    add_generation(parser)
     return parser

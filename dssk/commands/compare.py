@@ -1,16 +1,25 @@
-"""Compare cached contexts with what one would do without them, on one base.
+"""Compare cached contexts with the alternatives on the same base: prompting and fine-tuning.
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or whole (`full_prompted`); `prompted_examples`, if named, has two worked examples before its prompt.
-Controls and two heuristics stand beside them, and with --num_contexts questions that read several contexts at a time.
-What is finished is kept: the same command goes on where it was stopped.
+(`lora_prompted`) or in full (`full_prompted`). `prompted_examples` (two-shot prompts) is compared if it is named.
+The fused model is also scored under controls, and two heuristics need no model. With --num_contexts, prompts hold the
+contexts in order and shuffled; if the base's window is too short for all, they hold the question's own and as many
+others as fit. Finished results are kept: the same command continues where it was stopped.
 """
 
 from collections.abc import Sequence
 
-from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS, RATE_FACTORS, SYSTEMS
-from dssk.utils.flags import Parser, bool_flag, minutes, positive_int
+from dssk.utils.defaults import RATE_FACTORS, SYSTEMS
+from dssk.utils.flags import (
+    Parser,
+    add_checkpoint,
+    add_generation,
+    add_scoring,
+    bool_flag,
+    minutes,
+    positive_int,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,86 +33,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk compare", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="C", help="checkpoint, fused model, or a run's folder"
-    )
-    parser.add_argument(
-        "--data_path", required=True, metavar="DIR", help="store: trains on its train split, scores on val"
-    )
-    parser.add_argument("--output", default="runs/compare", metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--systems", default=",".join(SYSTEMS), help="with commas between; default: all, %(default)s"
-    )
-    parser.add_argument(
-        "--controls",
-        default=",".join(CONTROLS),
-        help="of the fused model, with commas between; default: all, %(default)s",
-    )
-    parser.add_argument(
-        "--num_contexts",
-        metavar="N,N,...",
-        help="also score cross_attention, prompted and prompted_examples with so many contexts at a time, the right "
-        "one among others and missing; prompts hold them in order and shuffled, and where the base's window has no "
-        "room for all, the right one and as many others as fit (none)",
-    )
-    parser.add_argument(
-        "--distractors",
-        default="random",
-        metavar="SOURCE,...",
-        help="where the others come from: document, neighbours (by the question's words), random (%(default)s)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("--data_path", required=True, metavar="DIR", help="store to train on (train) and to score on (val)")
+    add("--output", default="runs/compare", metavar="DIR", help="folder to write")
+    add("--systems", default=",".join(SYSTEMS), metavar="NAME,...", help="systems to compare")
+    add(
         "--eval",
         action="append",
         default=[],
         metavar="NAME=STORE_OR_FILE",
-        help="score on these questions as well; may be given several times",
+        help="a further set of questions to score on; repeatable",
     )
-    parser.add_argument(
-        "--max_questions",
-        type=positive_int,
-        metavar="QUESTIONS",
-        help="score this many of each set, spread over it (all)",
-    )
-    parser.add_argument(
-        "--eval_batch_size",
-        type=positive_int,
-        default=BATCH_SIZE,
-        metavar="QUESTIONS",
-        help="answered at a time, fewer where contexts are long",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="TOKENS", help="longest answer"
-    )
+    add_scoring(parser)
+    add_generation(parser, "--eval_batch_size")
     training = parser.add_argument_group("fine-tuning of lora_prompted and full_prompted")
-    training.add_argument(
-        "--steps", type=positive_int, metavar="STEPS", help="optimizer steps (as many as the checkpoint's)"
-    )
-    training.add_argument(
+    add = training.add_argument
+    add("--steps", type=positive_int, metavar="STEPS", help="optimizer steps (default: the checkpoint's)")
+    add(
         "--minutes",
         type=minutes,
         metavar="CPU_MINUTES",
-        help="end it after so many, in place of --steps; the learning rate has come down by then",
+        help="end after this CPU time in place of --steps; the learning rate is scheduled over it",
     )
-    training.add_argument(
-        "--batch_size", type=positive_int, metavar="PROMPTS", help="in a step (as the checkpoint's)"
+    add(
+        "--batch_size",
+        type=positive_int,
+        metavar="PROMPTS",
+        help="prompts of each step (default: as many rows as the checkpoint's)",
     )
-    training.add_argument(
+    add(
         "--learning_rate",
         type=float,
         metavar="RATE",
-        help=f"at its peak (LoRA {RATE_FACTORS['lora']:g}, whole {RATE_FACTORS['full']:g} times the checkpoint's)",
+        help=f"peak learning rate (default: {RATE_FACTORS['lora']:g} times the checkpoint's for LoRA, "
+        f"{RATE_FACTORS['full']:g} times for all weights)",
     )
-    training.add_argument(
-        "--lora_rank", type=positive_int, default=16, metavar="RANK", help="of LoRA's matrices"
-    )
-    training.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the order of rows")
+    add("--lora_rank", type=positive_int, default=16, metavar="RANK", help="rank of LoRA's matrices")
+    add("--seed", type=int, default=0, metavar="SEED", help="of the order of rows")
     parser.add_argument(
         "--medium_cost",
         type=bool_flag,
         default=True,
         metavar="BOOL",
-        help="also measure a random model of 124 million parameters at contexts of 1500 tokens, a minute or two "
-        "on a CPU, unless cost.json is there",
+        help="also time a random model of 124 million parameters on contexts of 1500 tokens, unless cost.json "
+        "exists; takes one or two minutes on a CPU",
     )
     return parser

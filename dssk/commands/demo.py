@@ -1,13 +1,13 @@
-"""A page to try a model on: run this, then open the address that it prints.
+"""Serve a page to try a model on, and print its address.
 
-Paste a context and encode it, then ask: the page shows the answer, which tokens of the context it was found by, and
-the seconds that it took beside those of prompting the same base with the context. It needs gradio (`dssk[demo]`).
+Paste a context, encode it and ask questions. The page shows the answer, the attention on the tokens of the context, and
+the latency beside that of prompting the same base with the context. It needs gradio (`dssk[demo]`).
 """
 
 from collections.abc import Sequence
 
 from dssk.utils.defaults import PORT
-from dssk.utils.flags import Parser, positive_int
+from dssk.utils.flags import Parser, add_checkpoint, positive_int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,13 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk demo", description=__doc__)
+    add_checkpoint(parser)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="C", help="checkpoint, fused model, or a run's folder"
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s, only this one)",
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0: all networks"
     )
     parser.add_argument("--port", type=positive_int, default=PORT, metavar="PORT", help="1 to 65535")
     return parser

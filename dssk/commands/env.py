@@ -1,4 +1,4 @@
-"""Versions, devices, extras, caches and free disk: what an issue report needs. It shows no key and no token."""
+"""Print versions, devices, extras, caches and free disk space for an issue report. Keys and tokens are not shown."""
 
 import importlib.metadata
 import os

@@ -1,14 +1,13 @@
 """Score a checkpoint on the questions of a data set.
 
-Each question is answered under several controls. A gain that comes from the context shows under `with_context` and
-not under the others. A run that was killed goes on where it stopped; `torchrun -m dssk evaluate ...` shares the work
-among processes.
+Each question is answered under several controls, so that what the context contributes can be told apart from what the
+model knows: only `with_context` has the right one. An interrupted evaluation continues where it stopped;
+`torchrun -m dssk evaluate ...` divides the work among processes.
 """
 
 from collections.abc import Sequence
 
-from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
-from dssk.utils.flags import Parser, positive_int
+from dssk.utils.flags import Parser, add_checkpoint, add_generation, add_scoring
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,49 +22,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk evaluate", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="C", help="checkpoint, fused model, or a run's folder"
-    )
+    add_checkpoint(parser)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data_path", metavar="DIR", help="folder that dssk preproc made")
+    data.add_argument("--data_path", metavar="DIR", help="store of questions that dssk preproc made")
     data.add_argument(
         "--dataset",
-        help="raw questions instead, as dssk preproc reads them, or `toy`; encoded on the fly",
-    )
-    parser.add_argument("--split", help="split to score (val; all, where there is none)")
-    parser.add_argument(
-        "--controls", default=",".join(CONTROLS), help="with commas between; default: all, %(default)s"
+        metavar="DATA",
+        help="raw questions in place of a store: whatever dssk preproc reads; contexts are encoded on the fly",
     )
     parser.add_argument(
-        "--num_contexts",
-        metavar="N,N,...",
-        help="answer also from so many contexts at a time, the right one among others and missing (none)",
+        "--split", metavar="NAME", help="split to score (default: val, or all rows if there is none)"
     )
-    parser.add_argument(
-        "--distractors",
-        default="random",
-        metavar="SOURCE,...",
-        help="where the others come from: document, neighbours (by the question's words), random (%(default)s)",
-    )
-    parser.add_argument(
-        "--max_questions",
-        type=positive_int,
-        metavar="QUESTIONS",
-        help="score this many, spread over the split (all)",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=BATCH_SIZE,
-        metavar="QUESTIONS",
-        help="answered at a time, fewer where contexts are long",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="TOKENS", help="longest answer"
-    )
+    add_scoring(parser)
+    add_generation(parser)
     parser.add_argument(
         "--output",
         metavar="FILE.json",
-        help="where scores go; predictions lie beside (scores.json in the run or the checkpoint)",
+        help="file for the scores; predictions are written beside it (default: scores.json in the folder of "
+        "the run or the checkpoint)",
     )
     return parser

@@ -23,24 +23,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk export", description=__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="C",
-        help="checkpoint, or the folder of a run (its newest)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="C", help="a checkpoint, or the folder of a run")
+    add(
         "--output",
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder to write; it must not exist or be an export",
+        help="new folder, or an earlier export to replace",
     )
-    parser.add_argument(
-        "--base",
-        action="store_true",
-        help="write the plain base model in place of the fused one (default: fused)",
+    add("--base", action="store_true", help="write the plain base model in place of the fused one")
+    add(
+        "--base_model",
+        type=optional_str,
+        metavar="MODEL",
+        help="where the base is now (default: where it was at training)",
     )
-    parser.add_argument("--base_model", type=optional_str, help="where the base is, if it has moved")
     return parser

@@ -1,6 +1,8 @@
-"""Say what is in a store of encoded contexts.
+"""Describe a store of encoded contexts.
 
-dssk inspect DIR --plot lengths.png
+    dssk inspect DIR --plot lengths.png
+
+prints its model, size and counts, and draws how many tokens the contexts have.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk inspect", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that dssk preproc made")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the lengths of the contexts")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="store or library")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="file for the histogram of lengths")
     return parser

@@ -1,6 +1,6 @@
-"""The experiments of a folder, side by side.
+"""Compare the experiments of a folder in a table.
 
-Prints a table and writes it as results.csv and results.md, and the curves of loss and F1 as results.png.
+The table is printed and written as results.csv and results.md, the curves of loss and F1 as results.png.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk jobs", description=__doc__)
-    parser.add_argument(
-        "savedir_base", type=Path, metavar="SAVEDIR_BASE", help="the --savedir_base of the experiments"
-    )
+    parser.add_argument("savedir_base", type=Path, metavar="SAVEDIR_BASE", help="folder of the experiments")
     return parser

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dssk.utils.defaults import STORAGE_DTYPES
-from dssk.utils.flags import Parser, count, positive_int
+from dssk.utils.flags import Parser, add_passages, add_title, positive_int
 
 if TYPE_CHECKING:
     from dssk.store.library import Context
@@ -86,72 +86,48 @@ def describe(context: "Context") -> str:
     return f"{context.id}\t{context.n_tokens} tokens{cut}{place}\t{begins}"
 
 
-def add_splitting(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how long texts become passages."""
-    parser.add_argument(
-        "--passage_tokens",
-        type=positive_int,
-        metavar="TOKENS",
-        help="texts longer than these become passages, cut where sentences end (the longest that is possible)",
-    )
-    parser.add_argument(
-        "--overlap",
-        type=count,
-        default=0,
-        metavar="TOKENS",
-        help="that a passage repeats of the one before it, about (%(default)s)",
-    )
-    parser.add_argument(
-        "--repeat_title", action="store_true", help="begin each passage with its text's title"
-    )
-    parser.add_argument(
-        "--truncate",
-        action="store_true",
-        help="cut longer texts off instead; how many tokens are lost is said",
-    )
-
-
 def build_parser() -> Parser:
     parser = Parser(prog="dssk library", description=__doc__)
-    parser.add_argument(
-        "library", metavar="DIR", help="folder of the library, or a store made by dssk preproc"
-    )
+    parser.add_argument("library", metavar="DIR", help="folder of the library, or a store")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="add|list|search|remove|verify", help="what to do"
     )
 
-    add = commands.add_parser("add", help="encode contexts and keep them")
+    add = commands.add_parser("add", help="encode contexts and store them")
     add.add_argument(
         "files",
         metavar="FILE",
         nargs="+",
-        help="text (UTF-8), its name becomes the id; or rows of .jsonl, .json, .csv, .tsv, .parquet, .arrow: "
-        "context (or text) [, id, title]; .gz and .zst are unpacked",
+        help="text (UTF-8), whose name becomes the id; or rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow) with "
+        "context or text and, optionally, id and title; .gz and .zst are decompressed",
     )
     add.add_argument(
         "--checkpoint",
         metavar="C",
-        help="of a new library: base model, checkpoint, fused model, or run's folder",
+        help="of a new library, the model that encodes: a base, a checkpoint, a fused model, or a run's folder",
     )
     add.add_argument(
-        "--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on the disk of a new library"
+        "--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="of a new library: type on disk"
     )
     add.add_argument(
         "--maximum_input_length",
         type=positive_int,
         metavar="TOKENS",
-        help="of a new library: most of a context (the model's window)",
+        help="of a new library: maximum length of a context (default: the model's window)",
     )
-    add_splitting(add)
+    add_passages(add, "--maximum_input_length")
+    add_title(add)
 
-    commands.add_parser("list", help="id, tokens and title or beginning of every context")
+    commands.add_parser("list", help="print id, number of tokens, and title or beginning of every context")
 
-    search = commands.add_parser("search", help="find contexts by the words of a question (BM25)")
-    search.add_argument("question", metavar="QUESTION", help="in words of the contexts")
-    search.add_argument("--k", type=positive_int, default=5, metavar="CONTEXTS", help="most to show")
+    search = commands.add_parser("search", help="retrieve contexts for a question (BM25)")
+    search.add_argument("question", metavar="QUESTION", help="the query")
+    search.add_argument(
+        "--k", type=positive_int, default=5, metavar="CONTEXTS", help="contexts to show at most"
+    )
 
-    remove = commands.add_parser("remove", help="forget contexts and free their space")
-    remove.add_argument("ids", metavar="ID", nargs="+", help="as list shows it")
+    remove = commands.add_parser("remove", help="delete contexts and free their disk space")
+    remove.add_argument("ids", metavar="ID", nargs="+", help="id of a context, as list prints it")
 
-    commands.add_parser("verify", help="check every byte")
+    commands.add_parser("verify", help="check every byte against its checksum")
     return parser

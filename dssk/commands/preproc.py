@@ -2,8 +2,8 @@
 
     dssk preproc --embedding_model MODEL --maximum_input_length 4096 --batch_size 2 --num_proc 2 --data_cache_path DIR
 
-writes DIR/processed_data/<name of MODEL>, which training reads. A finished folder is used again; an interrupted
-one is continued by the same command.
+writes DIR/processed_data/<name of MODEL>, which training reads. A finished store is reused; an interrupted one is
+continued by the same command.
 """
 
 import argparse
@@ -11,8 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dssk.utils.defaults import STORAGE_DTYPES
-from dssk.utils.flags import Parser, bool_flag, count, optional_str, positive_int
+from dssk.utils.defaults import NATURAL_QUESTIONS, STORAGE_DTYPES
+from dssk.utils.flags import (
+    Parser,
+    add_passages,
+    add_title,
+    bool_flag,
+    count,
+    optional_str,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     from dssk.data.preprocess import Request
@@ -44,128 +52,110 @@ def to_request(args: argparse.Namespace) -> "Request":
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk preproc", description=__doc__)
-    model = parser.add_argument_group("the model that encodes")
-    model.add_argument("--embedding_model", required=True, help="base model: a folder, or a name on the Hub")
-    model.add_argument("--revision", type=optional_str, help="branch, tag or commit of a model on the Hub")
-    model.add_argument(
+    add = parser.add_argument_group("the model that encodes").add_argument
+    add(
+        "--embedding_model", required=True, metavar="MODEL", help="base model: a folder, or a name on the Hub"
+    )
+    add("--revision", type=optional_str, metavar="REVISION", help="branch, tag or commit of the model")
+    add(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="computes in this type; auto: the model's own",
+        help="type to compute in; auto: the model's own",
     )
 
-    data = parser.add_argument_group("the rows")
-    data.add_argument(
-        "--dataset",
-        default="google-research-datasets/natural_questions",
-        help="name on the Hub, file, folder, or `toy`",
+    add = parser.add_argument_group("the rows").add_argument
+    add(
+        "--dataset", default=NATURAL_QUESTIONS, metavar="DATA", help="name on the Hub, file, folder, or `toy`"
     )
-    data.add_argument(
-        "--dataset_revision", type=optional_str, help="branch, tag or commit of a data set on the Hub"
+    add("--dataset_revision", type=optional_str, metavar="REVISION", help="branch, tag or commit of the data")
+    add("--split", type=optional_str, metavar="NAME", help="read only this split of --dataset (default: all)")
+    add(
+        "--val_dataset",
+        type=optional_str,
+        metavar="DATA",
+        help="data set for val (default: the split validation of --dataset)",
     )
-    data.add_argument("--split", type=optional_str, help="read only this split of --dataset (all of them)")
-    data.add_argument("--val_dataset", type=optional_str, help="where val comes from, if not from --dataset")
-    data.add_argument(
+    add(
         "--val_fraction",
         type=_fraction,
         default=0.05,
         metavar="SHARE",
-        help="share of rows for val if there is no val; 0: train on all",
+        help="share of the rows for val where there is no such split; 0: train on all",
     )
-    data.add_argument(
+    add(
         "--max_examples",
         type=positive_int,
         metavar="ROWS",
-        help="most usable rows to read of each split (all)",
+        help="most usable rows to read of each split (default: all)",
     )
-    data.add_argument(
+    add(
         "--columns",
         type=_columns,
         default={},
         metavar="OURS=THEIRS,...",
-        help="names of the columns that stand for id, title, context, question and answer, such as "
-        "context=passage,answer=answers.text (their own)",
+        help="columns to use as id, title, context, question and answer, such as "
+        "context=passage,answer=answers.text (default: columns of these names)",
     )
-    data.add_argument(
+    add(
         "--skip_bad_rows",
         type=count,
         default=0,
         metavar="ROWS",
-        help="malformed rows to leave out before giving up",
+        help="most malformed rows to skip, not to fail",
     )
-    data.add_argument(
+    add(
         "--whole_pages",
         **_SWITCH,
-        help="of Natural Questions: the context is the page, cut into passages, not its long answer alone",
+        help="Natural Questions: encode the passages of the whole page, not the long answer alone",
     )
-    data.add_argument("--seed", type=count, default=0, metavar="SEED", help="of the toy data set")
+    add("--seed", type=count, default=0, metavar="SEED", help="of the toy data set")
 
     work = parser.add_argument_group("the encoding")
-    work.add_argument(
+    add = work.add_argument
+    add(
         "--maximum_input_length",
         type=positive_int,
         default=4096,
         metavar="TOKENS",
-        help="most of a context; longer ones become passages",
+        help="maximum length of a context; longer ones become passages",
     )
-    work.add_argument(
-        "--passage_tokens",
-        type=positive_int,
-        metavar="TOKENS",
-        help="contexts longer than these become passages, cut where sentences end (--maximum_input_length)",
-    )
-    work.add_argument(
-        "--overlap",
-        type=count,
-        default=0,
-        metavar="TOKENS",
-        help="that a passage repeats of the one before it",
-    )
-    work.add_argument("--repeat_title", **_SWITCH, help="begin each passage with the title of its document")
-    work.add_argument(
-        "--truncate",
-        **_SWITCH,
-        help="cut longer contexts off instead, and say how many tokens are lost",
-    )
-    work.add_argument(
-        "--batch_size", type=positive_int, default=2, metavar="CONTEXTS", help="most at a time on a device"
-    )
-    work.add_argument(
+    add_passages(work, "--maximum_input_length", **_SWITCH)
+    add_title(work, **_SWITCH)
+    add("--batch_size", type=positive_int, default=2, metavar="CONTEXTS", help="most contexts in a batch")
+    add(
         "--batch_tokens",
         type=positive_int,
         default=16384,
         metavar="TOKENS",
-        help="most at a time, with padding",
+        help="most tokens in a batch, padding included",
     )
-    work.add_argument(
+    add(
         "--num_proc",
         type=positive_int,
         default=1,
         metavar="PROCESSES",
-        help="as many as GPUs, else as CPU cores",
+        help="encoding processes: one for each GPU or CPU core",
     )
 
-    result = parser.add_argument_group("the result")
-    result.add_argument(
+    add = parser.add_argument_group("the result").add_argument
+    add(
         "--data_cache_path",
         type=Path,
         required=True,
         metavar="DIR",
-        help="writes processed_data/<model> in here",
+        help="the store is written to DIR/processed_data/<name of the model>",
     )
-    result.add_argument(
+    add(
         "--encode_layer",
         default="last",
         metavar="LAYER",
-        help="whose input is stored; last: after the final norm; a number, a share of the depth, or two: 10+18",
+        help="layer whose input is stored: last (after the final norm), a number, a share of the depth, or two "
+        "layers, 10+18",
     )
-    result.add_argument("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on the disk")
-    result.add_argument(
-        "--text_only",
-        **_SWITCH,
-        help="no encodings",
-    )
-    result.add_argument("--shard_rows", type=positive_int, default=256, metavar="CONTEXTS", help="in a file")
+    add("--storage_dtype", choices=STORAGE_DTYPES, default="bf16", help="type on disk")
+    add("--text_only", **_SWITCH, help="store texts without encodings")
+    add("--shard_rows", type=positive_int, default=256, metavar="CONTEXTS", help="contexts of each file")
     return parser
 
 

@@ -3,8 +3,8 @@
     dssk publish --checkpoint RUN --output DIR        # writes what would be uploaded, and uploads nothing
     dssk publish --checkpoint RUN --repo USER/NAME
 
-`fused` is the whole model, `cross_attention` the trained blocks alone, megabytes, which name the base on the Hub. Both
-load with `AutoModelForCausalLM.from_pretrained` after `import dssk`. The login is that of `hf auth login` or HF_TOKEN.
+`fused` is the whole model; `cross_attention` is the trained blocks alone (megabytes) with the base's name on the Hub.
+Both load with `AutoModelForCausalLM.from_pretrained` after `import dssk`. Log in with `hf auth login` or HF_TOKEN.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dssk.errors import DsskError
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
-from dssk.utils.flags import Parser, bool_flag, optional_str
+from dssk.utils.flags import Parser, add_checkpoint, bool_flag, optional_str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,33 +31,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk publish", description=__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="C",
-        help="a run's folder, or a checkpoint or fused model in it",
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("--repo", metavar="USER/NAME", help="repository on the Hub")
+    add(
+        "--what",
+        choices=(FUSED, CROSS_ATTENTION),
+        default=FUSED,
+        help="the fused model, or the trained blocks",
     )
-    parser.add_argument("--repo", metavar="USER/NAME", help="repository on the Hub")
-    parser.add_argument("--what", choices=(FUSED, CROSS_ATTENTION), default=FUSED, help="of the model")
-    parser.add_argument(
+    add(
         "--private",
         type=bool_flag,
         nargs="?",
         const=True,
         default=True,
         metavar="BOOL",
-        help="false: everyone can read it",
+        help="false: everyone can download it",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="new folder for what would be uploaded; nothing is"
+    add("--output", type=Path, metavar="DIR", help="dry run: write what would be uploaded to this new folder")
+    add(
+        "--base_model",
+        type=optional_str,
+        metavar="USER/NAME",
+        help="name of the base on the Hub (default: where it was loaded from)",
     )
-    parser.add_argument(
-        "--base_model", type=optional_str, help="the base's name on the Hub, if it was not loaded from there"
-    )
-    parser.add_argument(
+    add(
         "--data_path",
         type=optional_str,
         metavar="DIR",
-        help="folder of the training data, for the model card",
+        help="store of the training data, to be described on the model card",
     )
     return parser

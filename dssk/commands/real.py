@@ -2,8 +2,8 @@
 
     dssk real --data FOLDER --output runs/real/sets
 
-SQuAD and NQ-Swap to train on, a few paragraphs to watch training by, and all of XQuAD in English and held-out NQ-Swap
-to be scored. Nothing that is scored is trained on: rows that share a question, or a tenth of a paragraph, are left out.
+train: SQuAD and NQ-Swap; val: a few paragraphs of SQuAD; test sets: XQuAD in English and held-out rows of NQ-Swap. Rows
+that share a question or a tenth of a paragraph with a test row are left out of training.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def build_parser() -> Parser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder that holds squad_v1_*, nq_swap_* and xquad_en_*.jsonl.gz (from the Hub)",
+        help="folder of squad_v1_*, nq_swap_* and xquad_en_*.jsonl.gz (default: download from the Hub)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the sets")
     return parser

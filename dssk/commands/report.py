@@ -1,7 +1,7 @@
-"""Write a run as one page.
+"""Write a run as one self-contained HTML page, which fetches nothing.
 
-The page holds all it needs and fetches nothing. Its figures lie beside it as PNG, and what was measured about
-attention as attention.json. Parts whose files are not there yet are left out, with the command that makes them.
+Figures are also written beside it as PNG, and the measurements of attention as attention.json. In place of parts whose
+files do not exist yet, the page shows the command that makes them.
 """
 
 import sys
@@ -22,15 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk report", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN", help="a run's folder, as dssk train made it")
-    parser.add_argument("--compare", metavar="DIR", help="folder that dssk compare wrote")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run_dir", metavar="RUN", help="folder of the run")
+    add("--compare", metavar="DIR", help="folder that dssk compare wrote")
+    add(
         "--data",
         metavar="SET",
-        help="show scores and samples of this set of the comparison (the run's own, if it was scored)",
+        help="set of the comparison whose scores and samples are shown (default: the run's own scores, if any)",
     )
-    parser.add_argument(
-        "--samples", type=count, default=24, metavar="QUESTIONS", help="to show with their answers"
-    )
-    parser.add_argument("--output", metavar="FILE.html", help="the page (report.html in the run's folder)")
+    add("--samples", type=count, default=24, metavar="QUESTIONS", help="sample answers to show")
+    add("--output", metavar="FILE.html", help="the page (default: report.html in the run's folder)")
     return parser

@@ -1,9 +1,9 @@
-"""Write contexts as an ordinary KV cache, for engines that read one and know nothing of dssk.
+"""Write contexts as an ordinary KV cache, for inference engines that do not know dssk.
 
     dssk restore --checkpoint C --library DIR --context_id amber --output cache.safetensors
     dssk restore --checkpoint C --context notes.txt --output cache.safetensors --dtype bf16
 
-docs/readers.md shows how plain transformers goes on from the file. Only models with `reader: merged` have such a cache.
+Only models with `reader: merged` have such a cache. docs/readers.md shows how plain transformers continues from it.
 """
 
 from argparse import Namespace
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dssk.errors import DsskError
-from dssk.utils.flags import Parser
+from dssk.utils.flags import Parser, add_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -70,23 +70,18 @@ def find_states(args: Namespace, model: Any, tokenizer: Any) -> "list[torch.Tens
 def build_parser() -> Parser:
     parser = Parser(prog="dssk restore", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="C", help="model with reader: merged, or a run's folder")
+    add_checkpoint(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--library", metavar="DIR", help="contexts of dssk library, or a prepared data set")
+    source.add_argument("--library", metavar="DIR", help="a library of contexts, or a store")
     source.add_argument(
-        "--context", metavar="FILE", action="append", help="text (UTF-8), - for standard input; several times"
+        "--context", metavar="FILE", action="append", help="a text (UTF-8, - for standard input); repeatable"
     )
-    add(
-        "--context_id",
-        metavar="ID",
-        action="append",
-        help="which contexts of the library; may be given several times",
-    )
-    add("--output", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    add("--context_id", metavar="ID", action="append", help="a context of the library; repeatable")
+    add("--output", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     add(
         "--dtype",
         choices=(AUTO, "fp32", "bf16", "fp16"),
         default=AUTO,
-        help="of keys and values; auto: the model's",
+        help="type of keys and values; auto: the model's",
     )
     return parser

@@ -2,8 +2,8 @@
 
     dssk train -e GROUP --data_path DIR -sb RUNS --steps 1_000
 
-What to train is an experiment of exp_configs.py, which is looked for in the current directory, as is job_configs.py
-with `-j`. `python trainval.py` is the same command with the two files that lie beside it.
+The experiment is defined in exp_configs.py in the current directory; `-j` also reads job_configs.py there. `python
+trainval.py` is the same command with the two files beside it.
 """
 
 import argparse
@@ -171,13 +171,13 @@ def job_action(text: str) -> str | None:
 def build_parser() -> Parser:
     parser = Parser(prog="dssk train", description=__doc__)
     what = parser.add_argument_group("what to train")
-    what.add_argument("-e", "--exp_group", type=optional_str, metavar="GROUP", help="group of experiments")
+    what.add_argument("-e", "--exp_group", type=optional_str, metavar="GROUP", help="experiment group")
     what.add_argument("--list", action="store_true", help="list the experiment groups and exit")
     what.add_argument(
         "--exp_id",
         type=optional_str,
         metavar="ID",
-        help="train the one experiment stored under this id in --savedir_base",
+        help="train the experiment stored under this id in --savedir_base",
     )
     what.add_argument(
         "--set",
@@ -185,7 +185,7 @@ def build_parser() -> Parser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the experiment; may be given several times",
+        help="override a key of the experiment; repeatable",
     )
     what.add_argument(
         "--exp_configs", type=Path, default=EXP_CONFIGS, metavar="FILE.py", help="where EXP_GROUPS is defined"
@@ -196,61 +196,65 @@ def build_parser() -> Parser:
         "--savedir_base",
         required=True,
         metavar="DIR",
-        help="folder under which each experiment gets its own",
+        help="parent folder of all runs; each has its own, named by its id",
     )
-    where.add_argument("--data_path", required=True, metavar="DIR", help="folder that dssk preproc made")
+    where.add_argument("--data_path", required=True, metavar="DIR", help="store that dssk preproc made")
     where.add_argument(
         "-r",
         "--reset",
         type=bool_flag,
         default=False,
         metavar="BOOL",
-        help="1: start afresh, moving what is there aside; 0: resume",
+        help="1: start again, and move the old run to deleted/; 0: resume",
     )
     where.add_argument(
-        "--steps", type=positive_int, default=DEFAULT_STEPS, metavar="STEPS", help="optimizer steps in all"
+        "--steps",
+        type=positive_int,
+        default=DEFAULT_STEPS,
+        metavar="STEPS",
+        help="total number of optimizer steps",
     )
     where.add_argument(
         "--minutes",
         type=minutes,
         metavar="CPU_MINUTES",
-        help="end after so many of this process's, --steps or not: all that it computes until then but evaluations "
-        "and checkpoints; the learning rate has come down by then. A longer time goes on",
+        help="end after this CPU time of the process, evaluations and checkpoints not counted, if --steps do not end "
+        "it sooner; the learning rate is scheduled over this time",
     )
     where.add_argument(
         "--log_every",
         type=positive_int,
         default=DEFAULT_LOG_EVERY,
         metavar="STEPS",
-        help="optimizer steps between logs, evaluations and checkpoints alike",
+        help="interval of logs, evaluations and checkpoints",
     )
     where.add_argument(
         "--save_total_limit",
         type=positive_int,
         default=DEFAULT_KEPT_CHECKPOINTS,
         metavar="CHECKPOINTS",
-        help="newest ones to keep, besides the best one",
+        help="newest checkpoints to keep, in addition to the best one",
     )
     where.add_argument(
         "--save_fused",
         type=fused_choices,
         default="final,best",
         metavar="WHEN",
-        help="when to write the fused model, base and blocks in one: words of final, best, every (in each "
-        "checkpoint) and never, with commas between them",
+        help="when to write the fused model (base and blocks in one): final, best, every (checkpoint), never; "
+        "comma-separated",
     )
     where.add_argument(
         "--generation_eval_samples",
         type=count,
         default=DEFAULT_GENERATION_SAMPLES,
         metavar="QUESTIONS",
-        help="of val, answered in each evaluation, for EM and F1; 0: only the loss",
+        help="validation questions to answer for EM and F1 in each evaluation; 0: loss only",
     )
     where.add_argument(
         "--report_to",
         type=optional_str,
         metavar="LOGGER",
-        help="further loggers of transformers, such as tensorboard",
+        help="further loggers of transformers, such as tensorboard; comma-separated",
     )
     where.add_argument(
         "--dry_run",
@@ -259,19 +263,19 @@ def build_parser() -> Parser:
         const=True,
         default=False,
         metavar="BOOL",
-        help="print the experiment, the model's layout, memory and disk needed, and exit",
+        help="print the experiment, the model's layout and the memory and disk it needs, and exit",
     )
     where.add_argument(
         "--push_to_hub",
         type=optional_str,
         metavar="USER/NAME",
-        help="Hub repository that gets the final model",
+        help="Hub repository to upload the final model to",
     )
     wandb = parser.add_argument_group("Weights & Biases (needs entity and project)")
     wandb.add_argument("--wandb_entity_name", type=optional_str, metavar="NAME", help="user or team")
     wandb.add_argument("--wandb_project_name", type=optional_str, metavar="NAME", help="project")
     wandb.add_argument(
-        "--wandb_run_name", type=optional_str, metavar="NAME", help="name of the run; optional"
+        "--wandb_run_name", type=optional_str, metavar="NAME", help="name of the run (default: chosen by W&B)"
     )
     wandb.add_argument(
         "--wandb_log_gradients",
@@ -290,7 +294,7 @@ def build_parser() -> Parser:
         dest="job_scheduler",
         type=optional_str,
         metavar="SCHEDULER",
-        help="toolkit or slurm: each experiment of the group becomes a job (none: train here)",
+        help="toolkit or slurm: submit each experiment of the group as a job (default: train here)",
     )
     how.add_argument(
         "--job_configs", type=Path, default=JOB_CONFIGS, metavar="FILE.py", help="where JOB_CONFIG is defined"
@@ -299,14 +303,14 @@ def build_parser() -> Parser:
         "--job_action",
         type=job_action,
         metavar="ACTION",
-        help="what to do with the jobs of -j: run those that have not run or failed (default; a terminal is asked), "
-        "status, reset (stop and start afresh), kill, logs",
+        help="of -j: run (submit jobs that are new or have failed), status, reset (stop and start again), kill or logs "
+        "(default: run; on a terminal the command asks)",
     )
     how.add_argument(
         "--python_binary",
         default="python",
         metavar="COMMAND",
-        help="what starts a job; NGPUS becomes its number of GPUs",
+        help="launcher of a job; NGPUS is replaced by its number of GPUs",
     )
     how.add_argument(
         "--deepspeed", type=optional_str, metavar="FILE.json", help="DeepSpeed configuration file (JSON)"
@@ -315,14 +319,14 @@ def build_parser() -> Parser:
         "--dist_url",
         type=optional_str,
         metavar="URL",
-        help="rendezvous address, set by some launchers; not read",
+        help="ignored; some launchers pass it",
     )
     how.add_argument(
         "--local_rank",
         type=int,
         default=-1,
         metavar="RANK",
-        help="set by launchers; the environment's value is used",
+        help="ignored in favour of LOCAL_RANK; some launchers pass it",
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""Check that a store is what was written, byte for byte.
+"""Check every byte of a store or a library against its checksums.
 
     dssk verify DIR
 
-ends with exit code 0 if it is, and with 4 and the names of the damaged files if it is not. `--discard` deletes the
-damaged files and the manifest, so that the preprocessing command makes them again and keeps the rest.
+exits with 0, or with 4 and the names of the damaged files. `--discard` deletes the damaged files and the manifest of a
+store, so that the same preprocessing command makes them again and keeps the rest.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="dssk verify", description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder that dssk preproc or dssk library made"
-    )
-    parser.add_argument(
-        "--discard", action="store_true", help="delete what is damaged, to have it made again"
-    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="store or library")
+    parser.add_argument("--discard", action="store_true", help="delete the damaged files")
     return parser

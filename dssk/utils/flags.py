@@ -4,7 +4,9 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -14,17 +16,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The description as it was written, and every flag with its default."""
+    """The description as it was written, and every optional flag with its default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        unsaid = action.default in (None, argparse.SUPPRESS, [], {}) or action.nargs == 0
-        if unsaid or "%(default)" in text or not action.option_strings:
+        text, default = action.help or "", action.default
+        if "(default: " in text or action.required or action.nargs == 0 or not action.option_strings:
             return text
-        return f"{text} (default: {str(action.default).lower() if action.default in (True, False) else '%(default)s'})"
+        if isinstance(default, list | tuple):
+            default = " ".join(default)
+        shown = str(default).lower() if isinstance(default, bool) else default
+        return f"{text} (default: {'none' if shown in (None, '', {}) else shown})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,3 +94,82 @@ def minutes(text: str) -> float | None:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text!r}, want CPU minutes, such as 30")
     return value
+
+
+# --- flags that several commands have -----------------------------------------------------------------------------
+
+
+def add_checkpoint(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="C", help="a checkpoint, a fused model, or the folder of a run"
+    )
+
+
+def add_generation(parser: argparse._ActionsContainer, batch_flag: str = "--batch_size") -> None:
+    """How answers are generated."""
+    parser.add_argument(
+        batch_flag,
+        type=positive_int,
+        default=BATCH_SIZE,
+        metavar="QUESTIONS",
+        help="most questions in a batch; long contexts make batches smaller",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=positive_int,
+        default=MAX_NEW_TOKENS,
+        metavar="TOKENS",
+        help="maximum length of an answer",
+    )
+
+
+def add_scoring(parser: argparse._ActionsContainer) -> None:
+    """Which questions are scored, and under which controls."""
+    add = parser.add_argument
+    add("--controls", default=",".join(CONTROLS), metavar="NAME,...", help="controls of the fused model")
+    add(
+        "--num_contexts",
+        metavar="N,N,...",
+        help="score also with N contexts for each question, once with its own among them and once without",
+    )
+    add(
+        "--distractors",
+        default="random",
+        metavar="SOURCE,...",
+        help="where the other contexts are drawn from: document (the same one), neighbours (BM25), random",
+    )
+    add(
+        "--max_questions",
+        type=positive_int,
+        metavar="QUESTIONS",
+        help="score a sample of this size, spread evenly over the split (default: all)",
+    )
+
+
+def add_passages(parser: argparse._ActionsContainer, longest: str, **switch: Any) -> None:
+    """How long texts become passages, of `longest` if nothing else is said; `switch` says how a switch is parsed."""
+    add = parser.add_argument
+    switch = switch or {"action": "store_true"}
+    add(
+        "--passage_tokens",
+        type=positive_int,
+        metavar="TOKENS",
+        help=f"split longer texts into passages of at most this length, at sentence ends (default: {longest})",
+    )
+    add(
+        "--overlap",
+        type=count,
+        default=0,
+        metavar="TOKENS",
+        help="approximate overlap of consecutive passages",
+    )
+    add(
+        "--truncate",
+        **switch,
+        help="cut longer texts off instead of splitting them, and report the number of tokens lost",
+    )
+
+
+def add_title(parser: argparse._ActionsContainer, **switch: Any) -> None:
+    switch = switch or {"action": "store_true"}
+    parser.add_argument("--repeat_title", **switch, help="begin each passage with the title of its document")

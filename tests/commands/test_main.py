@@ -105,8 +105,10 @@ def test_help_shows_the_default_and_the_unit_of_every_flag(verb):
             assert action.help, f"{action.option_strings} has no help"
             shown = formatter._expand_help(action)
             if action.option_strings and action.nargs != 0 and action.default not in (None, [], {}):
-                value = str(action.default)
+                value = " ".join(action.default) if isinstance(action.default, list) else str(action.default)
                 assert (value.lower() if isinstance(action.default, bool) else value) in shown, action
+            if action.option_strings and action.nargs != 0 and not action.required:
+                assert shown.count("(default: ") == 1, action
             if isinstance(action.default, int | float) and not isinstance(action.default, bool):
                 assert action.metavar in UNITS, f"{action.option_strings} shows no unit"
             if getattr(action.type, "__name__", "") in ("positive_int", "count", "int", "float"):
