@@ -1,4 +1,4 @@
-"""Folders that hold a model: which are whole, which is newest, which may go, and loading one.
+"""Checkpoint folders: writing and verifying them, finding the newest, and rotation.
 
 A folder becomes a checkpoint by its manifest, written last: the step, the world size, the experiment, and bytes and
 xxh3_128 of every other file. Without a manifest that fits, it does not exist for resuming, rotation and evaluation.
@@ -38,7 +38,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What is relied on in a manifest; a fused model has no more than `step` and `experiment` of its facts."""
+    """The fields of a manifest that are read; of its facts, a fused model has only `step` and `experiment`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

@@ -14,7 +14,7 @@ from dssk.errors import DsskError
 from dssk.utils.flags import nearest
 
 MAX_FAULTS = 8  # that one message names
-# Far above what anybody trains, and small enough to be reckoned with.
+# Upper bounds: far above any real model, and low enough to compute with.
 MAX_WIDTH, MAX_ROWS = 2**20, 2**12
 MAX_KEY = 100  # letters of a key that are compared with the known ones
 _short = reprlib.Repr()

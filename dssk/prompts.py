@@ -39,7 +39,7 @@ def answer(text: str) -> str:
 
 
 def worked_answer(text: str) -> str:
-    """What follows `question_after_context(...)` in a worked example: the next one, or the prompt, comes after it."""
+    """What follows `question_after_context(...)` in a few-shot example; the next one, or the prompt, comes after it."""
     return f"{answer(text)}\n\n"
 
 

@@ -13,7 +13,7 @@ from dssk.models.packing import groups_of
 class Collator:
     """Batches examples of `CrossAttnDataset`: right-padded tokens, labels and contexts, left-padded teacher's texts.
 
-    With `share_contexts` a context that as many examples in a row have as any other is in the batch once for them.
+    With `share_contexts`, a context of consecutive examples is in the batch once, if each is shared by equally many.
     """
 
     def __init__(self, pad_token_id: int, share_contexts: bool = False):
@@ -46,7 +46,7 @@ class Collator:
         return batch
 
     def _distinct(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One example of each context, where the model can tell which rows share it: as many read each."""
+        """One example of each context, if equally many share each: so the model finds their rows. Else all examples."""
         if not self.share_contexts:
             return examples
         runs = [list(run) for _, run in groupby(examples, key=_context)]

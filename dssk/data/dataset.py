@@ -34,19 +34,19 @@ def check_context_ids(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-TUNED_SHARE = 0.5  # of the target of an answer's token that a tuned teacher decides; the label has the rest
+TUNED_SHARE = 0.5  # `_Text.share` of a tuned teacher in the tokens of an answer
 SPLIT_FROM, SPLIT_TO = 0.25, 0.75  # between which shares of its tokens a document is divided
 
 
 class _Text(NamedTuple):
-    """What the decoder reads of a row, and what a teacher reads after the context's text."""
+    """The decoder's text of a row, and for distillation the text that a teacher reads after the context's."""
 
     input_ids: list[int]
     labels: list[int]
     seen: int | None = None  # tokens of the context that are read; None for all
-    prompted: list[int] = []  # of the teacher's text
-    taught: int = 0  # tokens at the end of both texts that the teacher teaches
-    share: float = 0.0  # of their targets that it decides
+    prompted: list[int] = []  # the teacher's text
+    taught: int = 0  # number of tokens at the end of both texts whose targets come from the teacher
+    share: float = 0.0  # weight of the teacher's distribution in these targets; the label has the rest
 
 
 class CrossAttnDataset(torch.utils.data.Dataset):
@@ -67,7 +67,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         training: bool,
         contexts: StoredContexts | None = None,
     ):
-        """`contexts` are those of the store, which rows that read several of them need."""
+        """`contexts` are those of the store; needed if questions read several."""
         self.rows = rows
         self.contexts = contexts
         self.tokenizer = tokenizer
@@ -162,9 +162,8 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             answer += self._repetition(row, str(rng.choice(tasks)))
         input_ids = prompt + answer
         labels = input_ids if self.cfg.loss_on == "all" else [IGNORED] * len(prompt) + answer
-        if not isinstance(
-            self.cfg.distill, str
-        ):  # a base that was never tuned does not know what an answer looks like
+        # A base that was never tuned does not know what an answer looks like.
+        if not isinstance(self.cfg.distill, str):
             return _Text(input_ids, labels)
         asked = tokenize_question_after_context(self.tokenizer, row["question"])
         return _Text(input_ids, labels, prompted=asked + answer, taught=len(answer), share=TUNED_SHARE)

@@ -30,11 +30,7 @@ VISIT_SECONDS = 3600  # that a context is kept for its visitor
 MAX_VISITS = 100  # whose contexts are kept
 MAX_TEXT_CHARACTERS, MAX_QUESTION_CHARACTERS = 100_000, 2_000  # one visitor's text holds up all others
 MAX_REQUEST_BYTES = 1_000_000
-ACCEPTED = (
-    "/gradio_api/queue/join",
-    "/gradio_api/cancel",
-    "/gradio_api/reset",
-)  # all that is ever sent to it
+ACCEPTED = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")  # all that the page sends
 WARM_UP = "What comes first is slow: it allocates, and picks kernels."
 
 
@@ -62,7 +58,7 @@ class Answered:
     text: str
     weights: list[
         float
-    ]  # a context token's share of the attention, 0 to 1: the mean over heads and answer tokens
+    ]  # of each context token, its share of the attention: the mean over heads and answer tokens
     seen: list[Seen]  # of each passage
     first_token_seconds: float
     seconds: float

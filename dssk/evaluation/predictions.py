@@ -75,9 +75,10 @@ def answer_trials(
     rows: Sequence[int],
     answer: Callable[[Sequence[int], Sequence[Trial]], Sequence[tuple[str, float | None]]],
 ) -> list[Answers]:
-    """The answers to rows under every control, with trials of all rows, of which None cannot be put.
+    """The answers to some rows under every control.
 
-    `answer` takes the numbers of rows and their trials under one control.
+    `trials` holds, for each control, the trial of every row, or None where the control does not apply. `answer` takes
+    row numbers and their trials under one control.
     """
     answers: list[Answers] = [{} for _ in rows]
     for control, of_rows in trials.items():

@@ -61,7 +61,7 @@ class Answers:
 
 
 class Source(NamedTuple):
-    """What an answer read: a context, or a passage of a longer one. Places are characters of the context's text."""
+    """A context of an answer, or a passage of it. Positions are in characters of the context's text."""
 
     context: int  # which of the question's contexts
     start: int  # of the passage
@@ -72,14 +72,14 @@ class Source(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """An answer, and what it read; nothing if it was given no context."""
+    """An answer with its sources; none if no context was given."""
 
     answer: str
     sources: list[Source]
 
 
 class Read(NamedTuple):
-    """A context as it is read: its states, and the passage of the text that they are of, if it is known."""
+    """A context with its states, and the passage of the text that they encode (empty if only states were given)."""
 
     context: int
     states: torch.Tensor
@@ -170,7 +170,7 @@ def _tokenize(
 def _reads(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Any, count: int, truncate: bool
 ) -> tuple[list[list[Read]], list[int]]:
-    """What each question reads, and a number that those with the same contexts share.
+    """The contexts of each question with their states, and a group number shared by questions with equal contexts.
 
     Each distinct text is encoded once.
     """

@@ -17,7 +17,7 @@ from dssk import prompts
 from dssk.inference.generation import contexts_together
 from dssk.inference.tokenizer import leading_ids, tokenize_answer, tokenize_question
 
-SPAN_SHARE = 0.2  # of the greatest weight, from which on the tokens beside it belong to the same span
+SPAN_SHARE = 0.2  # of the greatest weight: neighbouring tokens with at least this belong to the attended span
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def borders(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, in
 
 @dataclass(frozen=True)
 class Seen:
-    """How much of the attention one of several contexts got, and where most of that went."""
+    """The attention on one of several contexts: its share of the total, and its most attended span."""
 
     share: float  # 0 to 1, of the mean over heads and the answer's tokens
     start: int  # characters of the context's text: the span that was most attended to
@@ -125,7 +125,7 @@ def seen(
     answer: str,
     contexts: Sequence[tuple[str, torch.Tensor]],
 ) -> list[Seen]:
-    """What an answer attended to in each of its contexts, texts with their states; nothing for an empty answer.
+    """The attention of an answer on each of its contexts, texts with their states; empty for an empty answer.
 
     Of a context whose text is not known (empty) there is only the share.
     """
@@ -138,14 +138,14 @@ def seen(
 def seen_in(
     tokenizer: PreTrainedTokenizerBase, attention: Attention, contexts: Sequence[tuple[str, torch.Tensor]]
 ) -> list[Seen]:
-    """The same of attention that is known."""
+    """The same for attention weights that are known already."""
     parts = attention.of_answer().mean((0, 1)).split([len(states) for _, states in contexts])
     spans = [_most_seen(tokenizer, text, part) for (text, _), part in zip(contexts, parts, strict=True)]
     return [Seen(round(float(part.sum()), 4), *span) for part, span in zip(parts, spans, strict=True)]
 
 
 def _most_seen(tokenizer: PreTrainedTokenizerBase, text: str, weights: torch.Tensor) -> tuple[int, int]:
-    """Characters of a context's text that hold the token with the greatest weight, and those beside it that have some.
+    """The span, in characters, of the most attended token of a text and its neighbours with enough weight.
 
     What stands before the text (special tokens, the prompt) is left out.
     """

@@ -5,7 +5,7 @@ maps from stored states to what that layer's own projections would give for the 
 `dssk.inference.calibrate`; states are divided by their root mean square and standardised, as for the merged reader.
 What a block adds is scaled by `GATE`, as it comes on top of the layer's own attention. Its MLP starts at zero.
 
-Blocks know no positions, and so neither queries nor keys are rotated: docs/readers.md says what that costs.
+Blocks have no positions, so neither queries nor keys are rotated: docs/readers.md says what that costs.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""A merged reader without training: maps in closed form, for the layer whose states continue a text best.
+"""A merged reader without training: maps in closed form, for the layer whose states predict a text's continuation best.
 
-Nothing but text is needed. For each layer that is tried, the states that would be stored are regressed on what each
-layer's key and value projections give for the same tokens; then held-out texts are continued from their stored
-beginnings, and the likelihood of what really follows says how much the states of that layer tell the base.
+Nothing but text is needed. For each candidate layer, the keys and values of all layers are regressed on the states that
+would be stored. The layer is then scored by the likelihood of the continuations of held-out texts, whose beginnings the
+base reads from their stored states.
 
 Shapes: C contexts, S context tokens, N tokens of a batch, i = d x number of stored layers, o mapped outputs.
 """
@@ -29,7 +29,7 @@ from dssk.models.merged import MergedContext, MergedReader, arguments, find_proj
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
 SCAN_TOKENS = 8_000  # that the maps of each layer are fitted on to compare them
 FIT_TOKENS = 20_000  # that maps are fitted on: some dozens for each dimension of a state
-MEMORY_BYTES = 4 << 30  # of the sums of one pass over the texts; more layers than fit take more passes
+MEMORY_BYTES = 4 << 30  # for the normal equations of one pass over the texts; more layers take more passes
 CONTINUATION_TOKENS = 64  # of a held-out text that are scored
 SHORTEST_TEXT = 2 * CONTINUATION_TOKENS  # of a text that can be held out
 
@@ -43,9 +43,7 @@ class LayerScore:
 
     layers: Layers
     nll: float  # of held-out continuations, nats a token
-    explained: (
-        float  # mean share of the variance of keys and values that the maps explain, on the fitted texts
-    )
+    explained: float  # mean share of the variance of keys and values that the maps explain, on fitted texts
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def context_batch(model: PreTrainedModel, states: Sequence[torch.Tensor]) -> dic
 def contexts_together(model: PreTrainedModel, states: Sequence[Sequence[torch.Tensor]]) -> dict[str, Any]:
     """The same for several contexts a row, which are attended to together and in no order.
 
-    States that stand there more than once, as the same tensor, are projected once.
+    A tensor that occurs more than once is projected once.
     """
     numbers: dict[int, int] = {}
     groups = [[numbers.setdefault(id(s), len(numbers)) for s in several] for several in states]

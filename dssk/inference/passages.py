@@ -17,8 +17,8 @@ from dssk.inference.tokenizer import tokenize_context
 
 # Full stops, question and exclamation marks, closed or not, before white space; those of Chinese; and ends of lines.
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?=\s)|\n|[。！？]")
-LEAST_TOKENS = 16  # of a passage
-SHORTEST_SHARE = 0.5  # of a passage's tokens, below which it is rather cut inside a sentence
+LEAST_TOKENS = 16  # lower limit on the length of passages that can be asked for
+SHORTEST_SHARE = 0.5  # of the allowed length: rather than a shorter passage, a sentence is cut
 
 
 class Passage(NamedTuple):

@@ -1,4 +1,4 @@
-"""The types that states are kept in, and what is left of a state in each."""
+"""Storage types of encoder states: quantizing and dequantizing."""
 
 from typing import Literal
 

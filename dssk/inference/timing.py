@@ -1,4 +1,4 @@
-"""When the tokens of an answer came."""
+"""Latency of generated tokens."""
 
 import time
 
@@ -10,7 +10,7 @@ class Clock(BaseStreamer):
     """Times the tokens that `generate` streams to it, in seconds since the clock was made."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """`device` is waited for at each token, if it computes on its own."""
+        """`device` is synchronized at each token if it is a GPU."""
         self._device = device
         self._start = time.perf_counter()
         self.seconds: list[float] = []  # of the prompt, then of each new token
@@ -24,7 +24,7 @@ class Clock(BaseStreamer):
 
     @property
     def num_tokens(self) -> int:
-        """New ones."""
+        """Number of new tokens."""
         return len(self.seconds) - 1
 
     @property
@@ -44,6 +44,6 @@ class Clock(BaseStreamer):
 
 
 def wait_for(device: torch.device | None) -> None:
-    """Until a GPU has done what it was told."""
+    """Wait until a GPU has finished its queued work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

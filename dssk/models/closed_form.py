@@ -1,14 +1,13 @@
 """Linear maps in closed form: ridge regression from normal equations that are summed up batch by batch.
 
-What is kept does not grow with the number of tokens. Shapes: N tokens, i inputs, o outputs.
+Memory does not grow with the number of tokens. Shapes: N tokens, i inputs, o outputs.
 """
 
 import torch
 
 RIDGE = 3e-3  # of the variance of each input
-FIRST_TOKEN_WEIGHT = (
-    3.0  # every context begins with an attention sink, and there is one to a few hundred tokens
-)
+# Of the first token of a context, relative to the others: it is an attention sink, and rare.
+FIRST_TOKEN_WEIGHT = 3.0
 EPS = 1e-6
 
 
@@ -26,7 +25,7 @@ class NormalEquations:
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """Count in inputs x (N, i) and outputs y (N, o), each pair as often as its weight (N,) says."""
+        """Accumulate pairs of inputs x (N, i) and outputs y (N, o), each with its weight (N,)."""
         x, y = x.float(), y.float()
         weighted = x * weights[:, None]
         self.weight += weights.sum()

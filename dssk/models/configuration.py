@@ -1,4 +1,4 @@
-"""Which decoder layers attend to the context, and how: what a fused model's `config.json` says beyond its base's."""
+"""The configuration of a fused model: which decoder layers attend to the context, and how."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from dssk.models.layers import LAST, layer_index
 
 MODEL_TYPE = "dssk"  # in the config.json of every fused model; `base_model_type` names the family
-BASE = "base"  # a field's value: as the base model has it
+BASE = "base"  # value of a field: the same as in the base model
 CHOICES = {
     "cross_attn_init": ("zero", "normal", "copy", BASE),
     "reader": ("cross_attention", "merged"),
@@ -17,7 +17,7 @@ CHOICES = {
     "cross_attn_mlp": ("plain", "gated"),
 }
 
-# What a family's configuration does not say of its layers (`BASE` asks for it); a test compares it with the models.
+# What `BASE` needs to know of a family and its configuration does not say; a test compares it with the models.
 _RMS_NORM_ANYWAY = {"lfm2", "mamba"}  # their epsilon has another name than `rms_norm_eps`
 _PLAIN_MLP = {
     "bloom",
@@ -36,7 +36,7 @@ _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsil
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
-# A mixin, which knows what it is mixed into only as far as types go.
+# For type checkers, a mixin derives from the class that it is mixed into.
 _Base: Any = PreTrainedConfig if TYPE_CHECKING else object
 
 
@@ -66,7 +66,7 @@ class CrossAttnConfig(_Base):
             share of the depth; or a list of these, one state behind the other.
         reader_rank: width of a bottleneck that the maps of a merged reader share; `None` for full maps.
         decoder_lora: low-rank adapters of the decoder's linear layers, which act only while a context is read:
-            `{"rank": 16}`, and at will `"alpha"` (twice the rank if not given): what they add is times alpha / rank.
+            `{"rank": 16}`, optionally with `"alpha"` (default: twice the rank); their output is scaled by alpha / rank.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
             model named by `base_model_name_or_path` and `base_model_revision`.
     """
@@ -215,7 +215,7 @@ def _checked_lora(rank: int = 0, alpha: float | None = None, **unknown: Any) -> 
 
 FIELDS = tuple(CrossAttnConfig.__annotations__)
 
-# Lies beside the weights, for who loads them without `import dssk`: transformers then says what to install.
+# Saved beside the weights: where dssk is missing, transformers reports from it what to install.
 REMOTE_MODULE = "modeling_dssk"
 AUTO_MAP = {
     "AutoConfig": f"{REMOTE_MODULE}.DsskConfig",
@@ -231,7 +231,7 @@ __all__ = ["DsskConfig", "DsskForCausalLM", "DsskModel"]
 
 
 def base_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What a base's configuration hands on to a fused one."""
+    """The fields of a base's configuration that a fused one inherits."""
     ignored = ("model_type", "architectures", "transformers_version", "auto_map")
     return {key: value for key, value in values.items() if key not in ignored}
 

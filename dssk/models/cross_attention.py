@@ -1,11 +1,11 @@
-"""The cross-attention block: all that is trained. Nothing here knows of a family of decoders.
+"""The cross-attention block. It does not depend on the family of the decoder.
 
 Shapes: C contexts, r decoder rows on each context, B = C * r decoder rows, T decoder tokens, S context tokens,
 H attention heads, K key/value heads, G = H / K, D head size, E = H * D width, d hidden size of the decoder.
 
-Neither the keys nor the mask depend on the query, and nothing here is causal. So queries of all rows that share
-a context, and of all heads that share a key, line up behind one another as one long query against the same keys:
-no key or value is ever repeated for beams, sampled sequences, questions or grouped heads.
+Neither the keys nor the mask depend on the query, and nothing here is causal. So the queries of all rows that share a
+context, and of all heads that share a key, are concatenated into one long query against the same keys: no key or value
+is repeated for beams, sampled sequences, questions or grouped heads.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class ProjectedContext:
         return self  # generation copies its arguments; nothing here is ever written to
 
     def of_rows(self, numbers: list[int]) -> "ProjectedContext":
-        """One context for each decoder row: those of these numbers, which may repeat."""
+        """Select a context for each decoder row by its number; a number may repeat."""
         keys, values = (tuple(t[numbers] for t in tensors) for tensors in (self.keys, self.values))
         return ProjectedContext(keys, values, None if self.mask is None else self.mask[numbers])
 
@@ -58,7 +58,7 @@ class ProjectedContext:
         return sum(tensor.nbytes for tensor in self.keys + self.values)
 
     def gathered(self, tokens: torch.Tensor, mask: torch.Tensor) -> "ProjectedContext":
-        """Of one long context what each row reads: the tokens (B, L) that it names, if `mask` (B, L) is True there."""
+        """From packed contexts, gather the `tokens` (B, L) that each row reads; `mask` (B, L) is False at padding."""
         keys = tuple(picked_tokens(tensor, tokens) for tensor in self.keys)
         return ProjectedContext(keys, tuple(picked_tokens(tensor, tokens) for tensor in self.values), mask)
 
@@ -68,10 +68,9 @@ class CrossAttention(nn.Module):
 
     is_causal = False
     num_key_value_groups = 1  # grouped heads are folded into the query's length
-    shift: (
-        torch.Tensor
-    )  # (d,) mean of a normalized state; these two only where keys and values start in closed form
-    scale: torch.Tensor  # (d,) one over its standard deviation
+    # Only with `cross_attn_init: base`: standardization of normalized states, (d,) each.
+    shift: torch.Tensor  # mean
+    scale: torch.Tensor  # one over the standard deviation
 
     def __init__(self, config: Any):
         super().__init__()
@@ -104,8 +103,8 @@ class CrossAttention(nn.Module):
         """Attend from `hidden_states` (B, T, d); returns (B, T, d) and, if eager, the weights (B, H, T, S).
 
         A row whose context is masked throughout gets an attention output of zero, in every implementation. Without
-        keys, `hidden_states` (C, S, d) are a context's: returns its keys and values, (C, K, S, D) each. That is a
-        call of the module, too, as sharding and offloading bring weights in by hooks on calls.
+        keys, `hidden_states` (C, S, d) are a context's: returns its keys and values, (C, K, S, D) each. This is a
+        module call as well because sharding and offloading load weights in forward hooks.
         """
         if keys is None or values is None:
             return self._project(hidden_states.to(self.v_attn.weight.dtype))

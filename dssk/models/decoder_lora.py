@@ -1,13 +1,13 @@
 """Low-rank adapters of the decoder's linear layers (LoRA, arXiv 2106.09685), which act only while a context is read.
 
-The base stays what it is: encodings are made without adapters, and without a context no adapter is looked at. So a
-decoder can learn its task with its reader, and stores of the frozen base's states stay valid.
+The base is unchanged: contexts are encoded without adapters, and without a context no adapter is used. So the decoder
+can be trained together with its reader, and stores of the frozen base's states stay valid.
 
-peft would wrap each layer. Then the base's weights have other names (`q_proj.base_layer.weight`), in memory and on the
-disk, and an adapter is on or off for a model, not for a call: no two threads could read and encode. Here a mixin goes
-before the layer's own class, as for everything else that reads, and the adapters' weights lie apart from the base's.
+peft would wrap each layer. Then the base's weights have other names (`q_proj.base_layer.weight`) in memory and on disk,
+and adapters are on or off for a model, not for a call: no two threads could read and encode. Here a mixin is put before
+the layer's own class, as for all layers that read, and the adapters' weights are kept apart from the base's.
 
-Only modules are adapted. Experts that lie in one tensor with three dimensions, as most families have them, are not.
+Only linear modules are adapted, not experts that are stored as one three-dimensional tensor, as in most families.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class AdaptedLinear(Mixed):
 
 
 def place_adapters(layers: nn.ModuleList, rank: int, alpha: float) -> nn.ModuleDict:
-    """Let the linear layers of decoder layers look for adapters, and make these: of a rank, times alpha / rank."""
+    """Create an adapter for each linear layer of the decoder layers, scaled by alpha / rank, and let it be used."""
     adapters = nn.ModuleDict()
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():

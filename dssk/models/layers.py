@@ -14,10 +14,9 @@ LAST = "last"  # the state after the final norm, before the LM head
 
 
 class CallVariable:
-    """A value that holds during a call, apart for each thread; while torch traces a graph, a plain attribute.
+    """A context variable that is set for the duration of a call; a plain attribute while torch traces a graph.
 
-    The forward passes of most families hand unknown arguments down to their layers, but not all do. This reaches
-    every layer.
+    Most families pass unknown keyword arguments down to their layers, but not all; this reaches every layer.
     """
 
     def __init__(self, name: str):
@@ -31,7 +30,7 @@ class CallVariable:
         """What `call` returns; while it runs, `get` returns `value`."""
         before = self.get()
         self._set(value)
-        try:  # no `with`: torch traces none of our own into one graph
+        try:  # not a `with`: torch cannot trace context managers of our own into one graph
             return call(*args, **kwargs)
         finally:
             self._set(before)
@@ -43,7 +42,7 @@ class CallVariable:
             self._variable.set(value)
 
 
-# Mixins, which know what they are mixed into only as far as types go.
+# For type checkers, a mixin derives from the class that it is mixed into.
 _Base: Any = nn.Module if TYPE_CHECKING else object
 
 
@@ -109,12 +108,12 @@ def layer_index(encode_layer: str | int | float, num_layers: int) -> int:
 
 
 def layers_name(layers: Sequence[int], num_layers: int) -> str:
-    """How layers are written down beside what they encoded: `"last"`, `"18"`, `"10+18"`."""
+    """Layers as a store writes them down: `"last"`, `"18"`, `"10+18"`."""
     return "+".join(LAST if layer == num_layers else str(layer) for layer in layers)
 
 
 def named_layers(name: str, num_layers: int) -> tuple[int, ...]:
-    """The layers of a text such as `layers_name` gives; shares of the depth will do, too.
+    """Parse what `layers_name` writes; shares of the depth are accepted as well.
 
     Raises `ValueError` for layers that the model does not have.
     """
@@ -138,7 +137,7 @@ class _Reached(Exception):
 def layer_inputs(
     layers: nn.ModuleList, wanted: Sequence[int], found: dict[int, torch.Tensor], stop: bool = False
 ) -> Iterator[None]:
-    """Put what enters each wanted layer in this thread into `found`; `stop` leaves the block at the highest one."""
+    """Record the input of each wanted layer, for calls of this thread; `stop` ends the block at the highest one."""
     thread, highest = threading.get_ident(), max(wanted)
 
     def see(index: int, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -167,9 +166,10 @@ def encode_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """States (C, S, d x number of layers) of contexts (C, S), and their boolean mask (C, S).
 
-    `layers` name the layers whose inputs are wanted, the number of all layers standing for the state after the final
-    norm, which is what an empty sequence gives. Nothing above the highest is computed. Padding may stand on either
-    side: a family need not know, each context is read from position 0. States at padding are meaningless.
+    `layers` are the layers whose inputs are returned; `num_hidden_layers` means the state after the final norm, which
+    is the default. Nothing above the highest layer is computed. Padding may be on either side: tokens are moved to the
+    left before the forward pass, so that a context starts at position 0 in every family. States at padding are
+    meaningless.
     """
     num_layers: int = backbone.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
     wanted = list(layers) or [num_layers]

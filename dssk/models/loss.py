@@ -15,11 +15,11 @@ CHUNK_LOGITS = 2**25  # logits that exist at a time: 134 MB of fp32
 IGNORED = -100  # label of a position that is not learned or scored, as in all of transformers
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # states (N, d) -> logits (N, vocabulary)
-SoftTargets = tuple[torch.Tensor, torch.Tensor]  # (B, T, k) tokens and their shares of 1
+SoftTargets = tuple[torch.Tensor, torch.Tensor]  # (B, T, k) tokens and their probabilities
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) of the tokens themselves -> of what each position is to predict; the last predicts nothing."""
+    """Labels (B, T) shifted to the position that predicts them; the last position predicts nothing."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -35,8 +35,8 @@ def next_token_loss(
     """Cross-entropy of predicting `targets` (B, T; -100 = ignored) at each position, a scalar in fp32.
 
     `head` makes logits of `hidden_states` (B, T, d) at labelled positions only. The sum is divided by `num_items`, the
-    labels of all micro-batches and ranks of an optimizer step, or by the labels of this batch. With `soft_targets` a
-    position is to predict these tokens, each with its share, in place of its one target.
+    labels of all micro-batches and ranks of an optimizer step, or by the labels of this batch. With `soft_targets` the
+    target of a labelled position is this distribution over tokens in place of its one token.
     """
     labelled = targets != IGNORED
     wanted = (targets,) if soft_targets is None else soft_targets

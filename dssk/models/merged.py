@@ -5,7 +5,7 @@ token. The rest (norms of the keys, rotary positions, the layout of the heads) i
 decoder runs once over the context with the projections' outputs replaced, and every layer stops as soon as it hands
 its keys and values to the cache. So no family needs code of its own, and what comes out is an ordinary cache.
 
-Trained are the maps alone, one matrix for all layers. Nothing is added to the decoder: without a context it is the
+Only the maps are trained, as one matrix for all layers. Nothing is added to the decoder: without a context it is the
 base.
 
 Shapes: C contexts, B decoder rows on them, S context tokens, T text tokens, d hidden size, K key/value heads, D head
@@ -25,8 +25,8 @@ from transformers import Cache, DynamicCache
 from dssk.models.layers import CallVariable, Mixed, extend, find_layers
 from dssk.models.packing import picked_tokens
 
-# The modules that make keys and values from an attention's input, whatever attention they sit in. Where one makes the
-# queries as well, only the rows that keys and values come from are mapped.
+# Names of the modules that project an attention's input to keys and values. Of a fused projection, which makes the
+# queries as well, only the outputs that become keys and values are mapped.
 PROJECTIONS = (
     ("k_proj", "v_proj"),
     ("kv_a_proj_with_mqa",),
@@ -45,11 +45,11 @@ class MergedLinear(nn.Linear):
 
 
 class _Kept(Exception):
-    """A layer has handed over its keys and values: nothing after them is needed."""
+    """Raised when a layer has computed its keys and values: the rest of the layer is not needed."""
 
 
 class _Capture(Cache):
-    """Stands for a cache during a run over a context: takes the keys and values of each layer, and ends the layer."""
+    """In place of the KV cache while a context is read: keeps the keys and values of each layer, and ends the layer."""
 
     def __init__(self, outputs: list[torch.Tensor], num_layers: int):
         self.layers: list = []
@@ -68,7 +68,7 @@ class _Capture(Cache):
 
 
 class ContextCache(DynamicCache):
-    """An ordinary cache that begins with a context; of a class of its own so that a model knows that it reads one."""
+    """A KV cache that begins with a context; by its class a model knows that it reads one."""
 
 
 class MappedProjection(Mixed):
@@ -122,7 +122,7 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MergedContext:
-    """Keys and values of C contexts for every layer, ready to stand before any text in an ordinary cache.
+    """Keys and values of C contexts for every layer, to be put before any text in an ordinary KV cache.
 
     Made by `project_context` of a fused model. A context's tokens lie at the right end of its row, next to the text.
     """
@@ -130,7 +130,7 @@ class MergedContext:
     keys: tuple[torch.Tensor, ...]  # (C, K, S, D) for each layer
     values: tuple[torch.Tensor, ...]  # (C, K, S, D)
     mask: torch.Tensor  # (C, S) boolean, True = attend
-    lengths: torch.Tensor  # (C,) positions that the contexts take: a text goes on from there
+    lengths: torch.Tensor  # (C,) positions of each context: a text continues from there
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -139,7 +139,7 @@ class MergedContext:
         return self  # generation copies its arguments; nothing here is ever written to
 
     def of_rows(self, numbers: list[int]) -> "MergedContext":
-        """One context for each decoder row: those of these numbers, which may repeat."""
+        """Select a context for each decoder row by its number; a number may repeat."""
         keys, values = (tuple(t[numbers] for t in tensors) for tensors in (self.keys, self.values))
         return MergedContext(keys, values, self.mask[numbers], self.lengths[numbers])
 
@@ -149,9 +149,9 @@ class MergedContext:
         return sum(tensor.nbytes for tensor in self.keys + self.values)
 
     def gathered(self, tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> "MergedContext":
-        """Of one long context what each row reads: its tokens (B, L) by number, but for those that `mask` (B, L) hides.
+        """From packed contexts, gather the `tokens` (B, L) that each row reads; `mask` (B, L) is False at padding.
 
-        A text goes on at position `lengths` (B,): each of several contexts keeps its own positions from 0.
+        Each of several contexts keeps its own positions from 0; a text continues from position `lengths` (B,).
         """
         keys = tuple(picked_tokens(tensor, tokens) for tensor in self.keys)
         return MergedContext(
@@ -174,7 +174,7 @@ class MergedContext:
             raise ValueError(f"{rows} decoder rows cannot share {len(self)} contexts: want a multiple")
         return rows // len(self)
 
-    def before(
+    def mask_and_positions(
         self, attention_mask: torch.Tensor | None, rows: int, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask (B, S + T) and positions (B, T) of texts that follow the context in the cache.
@@ -196,9 +196,9 @@ class MergedReader(nn.Module):
     """Maps from stored states to the outputs of every layer's key and value projections.
 
     Args:
-        backbone: the decoder without its LM head; its layers and projections learn to be captured. Its weights are
-            not touched, and it is not held.
-        num_states: how many layers' states are stored for a token, one behind the other.
+        backbone: the decoder without its LM head; its layers and projections are extended so that their keys and
+            values can be captured. Its weights are not changed, and no reference to it is kept.
+        num_states: number of layers whose states are stored, concatenated, for each token.
         rank: width of a bottleneck that all maps share; `None` for full maps.
     """
 
@@ -337,8 +337,8 @@ def arguments(
     rows: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """What a plain model is given to go on after a context: cache, mask and positions."""
-    mask, positions = context.before(attention_mask, rows, tokens)
+    """The arguments with which a plain model continues after a context: cache, mask and positions."""
+    mask, positions = context.mask_and_positions(attention_mask, rows, tokens)
     given: dict[str, Any] = {"past_key_values": context.cache(model.config, rows), "attention_mask": mask}
     return given | ({"position_ids": positions} if accepts(model, "position_ids") else {})
 
@@ -354,7 +354,7 @@ def find_projections(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int]]:
-    """Teach layers and projections to be captured; for each projection how many outputs are mapped, and of how many."""
+    """Extend layers and projections for capturing; returns (mapped outputs, all outputs) of each projection."""
     widths: list[tuple[int, int]] = []
     for index, layer in enumerate(layers):
         projections = find_projections(layer)

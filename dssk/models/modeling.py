@@ -37,11 +37,11 @@ from dssk.models.merged import ContextCache, MergedContext, MergedLinear, Merged
 from dssk.models.packing import Packing
 from dssk.models.reading import (
     Attentions,
+    PrecomputedOutput,
     Reading,
     ReadingLayer,
-    Ready,
-    SkippedStack,
-    headed,
+    SkippableStack,
+    head_only,
     hide_tokens,
     reading,
 )
@@ -60,12 +60,12 @@ NO_SPLIT = ("CrossAttnBlock", "CrossAttention")  # called apart: a context is pr
 Context = ProjectedContext | MergedContext  # what `project_context` gives, by the reader
 
 
-# Mixins, which know what they are mixed into only as far as types go.
+# For type checkers, a mixin derives from the class that it is mixed into.
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
 class CrossAttnPreTrainedModel(_Base):
-    """What the backbone and the model with its LM head have in common; mixed in before a family's class."""
+    """Common part of the backbone and of the model with its LM head; mixed in before a family's class."""
 
     config: Any
     _no_split_modules: Any
@@ -121,7 +121,7 @@ class CrossAttnPreTrainedModel(_Base):
             init.zeros_(module.bias)
 
     def freeze_base(self) -> None:
-        """Leave gradients to the reader and its adapters alone."""
+        """Require gradients of the reader and the adapters only."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_cross_attn(name))
 
@@ -213,7 +213,7 @@ class CrossAttnPreTrainedModel(_Base):
         )
 
     def _take_context(self, kwargs: dict[str, Any]) -> Context | None:
-        """Remove the arguments that give a context, of which there may be one kind, and project what they give."""
+        """Pop the arguments that give a context, at most one kind of them, and return it projected."""
         states, mask, ids, ids_mask, context, lengths, groups = (
             kwargs.pop(name, None) for name in CONTEXT_ARGUMENTS
         )
@@ -241,7 +241,7 @@ class CrossAttnPreTrainedModel(_Base):
         return context
 
     def _merge(self, context: MergedContext, kwargs: dict[str, Any], args: tuple = ()) -> dict[str, Any]:
-        """Arguments of a forward pass on a text that follows a context in the cache."""
+        """`kwargs` of a forward pass on a text after a context, with the context's cache, mask and positions."""
         if kwargs.get("past_key_values") is not None:
             raise ValueError(
                 "got a merged context and past_key_values, which it is to begin: want one of them"
@@ -251,7 +251,7 @@ class CrossAttnPreTrainedModel(_Base):
         return kwargs | arguments(self, context, kwargs.get("attention_mask"), *text.shape[:2])
 
     def _reads(self, context: Context | None, kwargs: dict[str, Any]) -> Reading | None:
-        """What is to be read; what is read already stays, if it was projected by this model."""
+        """What the layers read during this call: the given context, or that of an outer call of this model."""
         blocks = self.cross_attn_blocks
         if isinstance(context, MergedContext) or isinstance(kwargs.get("past_key_values"), ContextCache):
             return Reading(blocks, None, self.decoder_adapters)
@@ -261,7 +261,7 @@ class CrossAttnPreTrainedModel(_Base):
         return now if now is not None and now.blocks is blocks else None
 
     def _read_during(self, call: Callable, context: Context | None, *args: Any, **kwargs: Any) -> Any:
-        """What `call`, a forward pass, returns while the layers read; with the blocks' attention if asked for."""
+        """Run a forward pass with the layers reading; adds the blocks' attention weights if they are asked for."""
         now = self._reads(context, kwargs)
         if isinstance(context, MergedContext):
             kwargs = self._merge(context, kwargs, args)
@@ -286,10 +286,10 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         self.freeze_base()
 
     def place_blocks(self) -> None:
-        """Make the blocks, and the layers read them."""
+        """Create the blocks, and let the decoder layers call them."""
         stack, decoder_layers = find_layers(self, self.config.num_hidden_layers)
         if stack is not self:
-            extend(stack, SkippedStack)
+            extend(stack, SkippableStack)
         _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
         lora = self.config.decoder_lora
         self.decoder_lora = None if lora is None else place_adapters(decoder_layers, **lora)
@@ -314,9 +314,9 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's, with at most one kind of context (see `CrossAttnForCausalLM.forward`)."""
-        ready = headed.get()
-        if ready is not None:
-            return Ready(last_hidden_state=ready)
+        states = head_only.get()
+        if states is not None:
+            return PrecomputedOutput(last_hidden_state=states)
         return self._read_during(super().forward, self._take_context(kwargs), *args, **kwargs)
 
 
@@ -413,13 +413,13 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
         Its head may have a bias, a soft cap or a scale, and may be wrapped: only its own code knows.
         """
         rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
-        logits = headed.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
+        logits = head_only.during(rows, super().forward, inputs_embeds=rows, use_cache=False).logits
         return logits.view(*hidden_states.shape[:-1], -1)
 
     def _generate_after(
         self, context: MergedContext, inputs: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Arguments of `generate` on texts that follow a context in the cache: an ordinary one, for every beam."""
+        """`kwargs` of `generate` on texts that follow a context, with an ordinary cache for every beam."""
         named = [kwargs.get("input_ids"), inputs, kwargs.get("inputs_embeds")]
         text = next((value for value in named if value is not None), None)
         if text is None:
@@ -457,7 +457,7 @@ class CrossAttnForCausalLM(FusedWeights, CrossAttnPreTrainedModel):
 
 
 def _without_blocks(names: Any) -> list[str]:
-    """Names of classes that are not split, for a model without blocks: sharding looks for each of them."""
+    """Classes that sharding must not split, for a model without blocks: it expects to find each of them."""
     return [name for name in names or () if name not in NO_SPLIT]
 
 

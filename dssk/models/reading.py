@@ -1,4 +1,4 @@
-"""How a context reaches the decoder layers: what is read during a call, and the mixins of what looks there."""
+"""How a context reaches the decoder layers: variables that are set during a call, and mixins that read them."""
 
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ class Reading(NamedTuple):
 
 
 reading = CallVariable("dssk_reading")  # a `Reading`, None without a context
-headed = CallVariable("dssk_headed")  # last hidden states for which only the LM head is to be computed
+head_only = CallVariable("dssk_head_only")  # last hidden states, when only the LM head is to be computed
 
 
 class ReadingLayer(Mixed):
-    """Mixed into each decoder layer: one that carries a block lets it read the context, before or after itself."""
+    """Mixed into each decoder layer; one that has a block calls it before or after itself."""
 
     cross_attn_index: int | None = None  # which set of block weights; None for a layer without a block
     cross_attn_final: bool = False
@@ -62,16 +62,18 @@ class ReadingLayer(Mixed):
             self.training = True
 
 
-class SkippedStack(Mixed):
-    """Mixed into the module that runs the layers: hands on states that are ready when only the LM head is wanted."""
+class SkippableStack(Mixed):
+    """Mixed into the module that runs the layers: returns given states when only the LM head is to be computed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        ready = headed.get()
-        return super().forward(*args, **kwargs) if ready is None else Ready(last_hidden_state=ready)
+        states = head_only.get()
+        if states is None:
+            return super().forward(*args, **kwargs)
+        return PrecomputedOutput(last_hidden_state=states)
 
 
-class Ready(BaseModelOutputWithPast):
-    """What a backbone would return; whatever else a family's LM head asks for is None."""
+class PrecomputedOutput(BaseModelOutputWithPast):
+    """The output of a backbone with given states; any other attribute that a family's LM head reads is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -79,7 +81,7 @@ class Ready(BaseModelOutputWithPast):
 
 
 class Attentions:
-    """Collects the weights that modules attend with inside a block, in the order of the calls: lowest layer first."""
+    """Collects the attention weights of modules inside a `with` block, in order of the calls: lowest layer first."""
 
     def __init__(self, modules: list[nn.Module]):
         self.modules = modules

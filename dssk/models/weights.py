@@ -1,4 +1,4 @@
-"""Weights of a fused model: its base's under their own names, and what is trained, together or apart."""
+"""Loading and saving fused models: base weights under their own names, trained weights with them or alone."""
 
 import logging
 import os
@@ -157,10 +157,7 @@ class FusedWeights(_Base):
             plain = plain_class(plain_class.config_class(**self.config.base_dict()))
         plain.load_state_dict(self.base_state_dict(), assign=True)
         plain.tie_weights()
-        for (
-            name,
-            module,
-        ) in plain.named_modules():  # what is no weight, such as the frequencies of rotary positions
+        for name, module in plain.named_modules():  # buffers that are not saved, such as rotary frequencies
             module._buffers.update(self.get_submodule(name)._buffers)
         plain.generation_config = self.generation_config
         return plain

@@ -1,1 +1,1 @@
-"""A run as one page to look at."""
+"""The report of a run: one HTML page."""

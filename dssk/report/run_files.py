@@ -18,9 +18,7 @@ class RunFiles:
     experiment: dict[str, Any]  # exp_dict.json
     metrics: list[dict[str, Any]]  # metrics.jsonl
     scores: dict[str, Any]  # scores.json, or those of the comparison
-    predictions: list[
-        dict[str, Any]
-    ]  # likewise predictions.jsonl, where it has answers from the right contexts
+    predictions: list[dict[str, Any]]  # likewise, of predictions.jsonl, with answers from the right contexts
     table: list[dict[str, Any]] = field(default_factory=list)  # table.json of the comparison
     together: list[dict[str, Any]] = field(default_factory=list)  # its rows by number of contexts, of one set
     cost: list[dict[str, Any]] = field(default_factory=list)  # cost.json of the comparison

@@ -2,7 +2,7 @@
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two worked examples before its prompt.
+(`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two-shot prompts.
 Controls and two heuristics stand beside them, and, if numbers of contexts are named, questions that read several at a
 time. What is finished is kept: the same command goes on where it was stopped.
 """
@@ -19,7 +19,7 @@ from dssk.evaluation.questions import QuestionSet, check_encodings, load_questio
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
 from dssk.research import cost, several
-from dssk.research.prompted import cache_bytes_per_token, make_prompt, worked
+from dssk.research.prompted import cache_bytes_per_token, few_shot, make_prompt
 from dssk.research.systems import HEURISTICS, SHUFFLED, Comparison, Systems
 from dssk.utils import files
 from dssk.utils.defaults import CONTROLS, FURTHER_SYSTEMS, SYSTEMS
@@ -134,7 +134,7 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet, numbe
 
 def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:
     """The cost columns of all systems, measured together on some of the questions."""
-    before = worked(systems.tokenizer, systems.examples) if "prompted_examples" in names else []
+    before = few_shot(systems.tokenizer, systems.examples) if "prompted_examples" in names else []
     positions = window(systems.config) - len(before)
     chosen = [
         make_prompt(systems.tokenizer, questions.rows[i], positions, cost.NEW_TOKENS)

@@ -67,7 +67,7 @@ def measure(systems: dict[str, Generate[Asked]], prompts: Sequence[Asked]) -> di
 
 
 def prompting(model: PreTrainedModel, before: Sequence[int] = ()) -> Generate[Prompt]:
-    """Read the whole prompt, and what stands before it."""
+    """Prefill of the whole prompt, after the tokens `before` it."""
     return lambda prompt, clock: stream(model, [*before, *prompt.tokens], clock)
 
 

@@ -42,7 +42,7 @@ class Prompt(NamedTuple):
     context: Tokens
     question: Tokens
     was_cut: bool  # the context's end was left out
-    left_out: int = 0  # of several contexts, how many there was no room for
+    left_out: int = 0  # number of contexts that did not fit
 
     @property
     def tokens(self) -> Tokens:
@@ -95,14 +95,14 @@ def _together(
 
 
 def fitting(lengths: Sequence[int], room: int, pinned: int) -> list[int]:
-    """The places that stay of parts of so many tokens: `pinned`, and the others in their order as long as they fit."""
+    """Indices of the parts that fit into `room` tokens: `pinned` always, then the others in their order."""
     order = [pinned, *(place for place in range(len(lengths)) if place != pinned)]
     ends = np.cumsum([lengths[place] for place in order])
     return sorted(order[: max(1, int((ends <= room).sum()))])
 
 
-def worked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Question]) -> Tokens:
-    """Questions with their contexts and answers, to stand before a prompt: they show what is wanted."""
+def few_shot(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Question]) -> Tokens:
+    """Few-shot examples, which go before a prompt: questions with their contexts and answers."""
     return [
         token
         for row in examples
@@ -135,7 +135,7 @@ class PromptedSystem:
         self.max_new_tokens = max_new_tokens
         self.targets = [tokenize_answer(tokenizer, row.answers[0]) for row in questions.rows]
         positions = window(model.config)
-        before = worked(tokenizer, examples)
+        before = few_shot(tokenizer, examples)
 
         def prompt(row: int, texts: Sequence[str] | None) -> Prompt:
             order = by_number.shuffled(len(texts), row) if texts and several and several.shuffled else None

@@ -21,7 +21,7 @@ from dssk.inference.generation import contexts_together
 from dssk.inference.tokenizer import tokenize_question
 from dssk.models.shapes import window
 from dssk.research import cost
-from dssk.research.prompted import PromptedSystem, cache_bytes_per_token, make_prompt, worked
+from dssk.research.prompted import PromptedSystem, cache_bytes_per_token, few_shot, make_prompt
 from dssk.research.systems import SHUFFLED, Systems
 from dssk.utils import files
 from dssk.utils.json_files import read_json
@@ -107,7 +107,7 @@ def _prompting(
     """From the whole prompt; the bytes of the contexts' KV cache."""
     assert questions.pool is not None
     model, text = systems.model(name), questions.pool.text
-    before = worked(systems.tokenizer, systems.examples) if name == "prompted_examples" else []
+    before = few_shot(systems.tokenizer, systems.examples) if name == "prompted_examples" else []
     positions = window(model.config) - len(before)
     prompts = {
         row: make_prompt(

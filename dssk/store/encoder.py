@@ -1,4 +1,4 @@
-"""Encoding the texts of a library with the model that it is of."""
+"""Encoding texts for a library with the model that it was begun with."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast

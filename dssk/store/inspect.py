@@ -1,4 +1,4 @@
-"""What is in a store of encoded contexts, in words and drawn."""
+"""Describing a store of encoded contexts: a summary, and a histogram of lengths."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Finding contexts by their words: BM25 over indices that are kept in folders of their own, memory-mapped.
 
 A library has one index for each of its segments, so that a change indexes what it writes and nothing else. Searching
-several weighs words by how many texts of all of them have them, as one index of everything would; only a text's
-length is compared with the mean of its own index.
+several uses the document frequencies of all of them together, as one index of everything would; only the normalization
+by a text's length uses the mean of its own index.
 """
 
 import math
@@ -74,10 +74,10 @@ def search(indices: Sequence[WordIndex], question: str, k: int) -> list[tuple[in
     scores = np.zeros(firsts[-1], np.float32)
     for word in words:
         matches = [index.matches(word) for index in indices]
-        weight = _rarity(len(scores), sum(len(numbers) for numbers, _ in matches))
+        weight = _idf(len(scores), sum(len(numbers) for numbers, _ in matches))
         for first, index, (numbers, values) in zip(firsts, indices, matches, strict=False):
             if len(numbers):
-                scores[first + numbers] += values * np.float32(weight / _rarity(len(index), len(numbers)))
+                scores[first + numbers] += values * np.float32(weight / _idf(len(index), len(numbers)))
     found = np.flatnonzero(scores)
     if len(found) > k:
         found = found[np.argpartition(-scores[found], k - 1)[:k]]
@@ -85,6 +85,6 @@ def search(indices: Sequence[WordIndex], question: str, k: int) -> list[tuple[in
     return [(int(number), float(scores[number])) for number in best]
 
 
-def _rarity(texts: int, having: int) -> float:
-    """How much a word tells that `having` of `texts` have: Lucene's, which bm25s takes by default."""
+def _idf(texts: int, having: int) -> float:
+    """Inverse document frequency of a word that occurs in `having` of `texts`: Lucene's formula, bm25s' default."""
     return math.log(1 + (texts - having + 0.5) / (having + 0.5))

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-SCHEDULE_STEPS = 10_000  # that a schedule is divided into when time decides how far it is
+SCHEDULE_STEPS = 10_000  # resolution of a learning-rate schedule over time
 
 
 class CpuBudget:
@@ -44,8 +44,8 @@ class CpuBudget:
             self._begin += time.process_time() - self._paused
             self._paused = None
 
-    def decide(self, scheduler: Any) -> None:
-        """Let a schedule made for `SCHEDULE_STEPS` follow the time; one that looks at the loss is left alone."""
+    def drive(self, scheduler: Any) -> None:
+        """Drive a schedule of `SCHEDULE_STEPS` steps by CPU time; one that depends on the loss is left unchanged."""
         if isinstance(scheduler, LambdaLR):
             scheduler.lr_lambdas = [self._by_time(rate) for rate in scheduler.lr_lambdas]
             for group, rate, base in zip(
@@ -66,7 +66,7 @@ class BudgetTrainer(Trainer):
         if self.budget.limit is None:
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         scheduler = super().create_scheduler(SCHEDULE_STEPS, *args, **kwargs)
-        self.budget.decide(scheduler)
+        self.budget.drive(scheduler)
         return scheduler
 
 

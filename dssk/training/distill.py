@@ -1,8 +1,8 @@
-"""What a teacher would say who reads the context's text: targets for a student that reads its states.
+"""Distillation: a teacher that reads the context's text gives soft targets to a student that reads its states.
 
 The teacher is the frozen base itself with the text in its prompt, or one that was tuned to answer so. Its most likely
-tokens, with their shares, take the place of the labels: the student learns a distribution at each position, and any
-text will do, for what follows the beginning of a document is said by the document.
+tokens, with their probabilities, take the place of the labels: the student learns a distribution at each position. Any
+text can be used: the beginning of a document is the context, the rest is to be predicted.
 
 Shapes: B rows, C contexts (B is a multiple of C, rows of a context lie together), S context tokens, T tokens of the
 student's text, P of the teacher's, n taught tokens at most, V vocabulary.
@@ -18,7 +18,7 @@ from dssk.errors import DsskError
 from dssk.models.loss import IGNORED, SoftTargets, shifted
 from dssk.models.merged import MergedContext, accepts, arguments
 
-TOP_TOKENS = 50  # of the teacher's that are kept at a position
+TOP_TOKENS = 50  # most likely tokens of the teacher that are kept at each position
 LOGITS_AT_A_TIME = 2**27  # of the teacher: 512 MiB in fp32
 TEACHER_KEYS = ("teacher_input_ids", "teacher_attention_mask", "taught", "teacher_share")  # of a batch
 
@@ -31,7 +31,7 @@ class Teacher:
 
     @torch.no_grad()
     def soft_targets(self, batch: dict[str, torch.Tensor]) -> SoftTargets:
-        """Tokens and shares (B, T, 1 + `TOP_TOKENS`) for a batch of the student; the first token is the label itself.
+        """Tokens and probabilities (B, T, 1 + `TOP_TOKENS`) for a batch of the student; the first token is the label.
 
         Of the batch are needed: `context_input_ids` (C, S) and their mask; `labels` (B, T); `teacher_input_ids`
         (B, P), what the teacher reads after its context, padded on the left, and their mask; `taught` (B,), how many

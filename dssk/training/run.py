@@ -62,9 +62,8 @@ from dssk.utils.ranks import Ranks, launched
 
 def train(run: RunArgs, groups: dict[str, list[dict[str, Any]]]) -> None:
     """Train the experiment that `run` names and leave checkpoints and the fused model in its folder."""
-    if (
-        launched() > 1 and run.minutes is not None
-    ):  # also refuses what only looks like a launcher's environment
+    # `launched` also refuses what only looks like a launcher's environment.
+    if launched() > 1 and run.minutes is not None:
         raise DsskError(
             "--minutes counts the CPU of one process, and a launcher started several: give --steps"
         )
@@ -172,17 +171,13 @@ def check_teacher(folder: str, base: PreTrainedConfig) -> None:
 
 def check_without_val(cfg: ExperimentConfig) -> None:
     """Refuse what needs evaluations: there are none without rows in `val`."""
-    needing = [
-        *(
-            ["lr_scheduler_type reduce_lr_on_plateau"]
-            if cfg.lr_scheduler_type == "reduce_lr_on_plateau"
-            else []
-        ),
-        *(["early_stopping_patience"] if cfg.early_stopping_patience is not None else []),
-    ]
-    if needing:
+    needing = {
+        "lr_scheduler_type reduce_lr_on_plateau": cfg.lr_scheduler_type == "reduce_lr_on_plateau",
+        "early_stopping_patience": cfg.early_stopping_patience is not None,
+    }
+    if found := next((name for name, needed in needing.items() if needed), None):
         raise DsskError(
-            f"{needing[0]} looks at the loss on val, and the data have no rows there: set another one, or preprocess "
+            f"{found} looks at the loss on val, and the data have no rows there: set another one, or preprocess "
             "with --val_dataset or a larger --val_fraction"
         )
 

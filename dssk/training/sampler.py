@@ -19,8 +19,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     ranks and accumulated micro-batches trains on the same rows in the same step. With `lengths` (of the rows in an
     epoch), the rows of a global batch are about equally long, and lie from long to short: less padding.
 
-    With `contexts` (the number of each row's context) `together` rows of one lie side by side. Rows beyond a multiple
-    of it wait for another epoch; those of contexts that have fewer make global batches of their own.
+    With `contexts` (the number of each row's context), rows are kept in groups of `together` that share a context.
+    Rows that fill no group are left out of an epoch; rows of contexts with fewer form global batches of their own.
     """
 
     def __init__(
@@ -41,9 +41,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         self.epoch = 0
         units = self._units(np.random.default_rng(0))
         steps = [unit.size // global_batch for unit in units]
-        self._steps = (
-            steps if any(steps) else [int(unit is units[0]) for unit in units]
-        )  # of each kind of units
+        # Of each kind of units; at least one step in all.
+        self._steps = steps if any(steps) else [int(unit is units[0]) for unit in units]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -113,8 +112,8 @@ def text_lengths(dataset: CrossAttnDataset) -> Callable[[int], np.ndarray]:
     return lengths
 
 
-def context_numbers(dataset: CrossAttnDataset) -> np.ndarray:
-    """For each row the number of its context; rows that are no questions have each their own."""
+def shared_contexts(dataset: CrossAttnDataset) -> np.ndarray:
+    """The number of each row's context; a row that is not a question has one of its own."""
     contexts = dataset.rows.with_format("arrow").select_columns(["context"])[:]["context"]
     numbers = contexts.combine_chunks().dictionary_encode().indices.to_numpy()
     if dataset.kinds[0] == "questions":

@@ -94,9 +94,8 @@ class MomentRounding:
 
     def _noise(self, step: int, count: int, device: torch.device) -> torch.Tensor:
         """`count` random 32-bit numbers, as int32."""
-        mixed = (
-            xxhash.xxh3_64_intdigest(f"{self.seed} {step}".encode()) >> 1
-        )  # a CPU's generator takes 32 bits of it
+        # Hashed, as a CPU's generator takes only 32 bits of its seed.
+        mixed = xxhash.xxh3_64_intdigest(f"{self.seed} {step}".encode()) >> 1
         generator = torch.Generator(device).manual_seed(mixed)
         return torch.randint(-(2**31), 2**31, (count,), generator=generator, device=device, dtype=torch.int32)
 
@@ -360,13 +359,7 @@ def _zero3_piece(value: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 def _zero_scaler(trainer: Any) -> dict[str, Any] | None:
     """The numbers of DeepSpeed's own loss scaler, in fp16."""
-    scaler = (
-        getattr(trainer.model_wrapped.optimizer, "loss_scaler", None)
-        if trainer.is_deepspeed_enabled
-        else None
-    )
-    return (
-        None
-        if scaler is None
-        else {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
-    )
+    if not trainer.is_deepspeed_enabled:
+        return None
+    scaler = getattr(trainer.model_wrapped.optimizer, "loss_scaler", None)
+    return scaler and {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}

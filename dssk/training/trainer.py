@@ -16,7 +16,7 @@ from dssk.training import state
 from dssk.training.best import best_evaluation
 from dssk.training.budget import BudgetTrainer, CpuBudget
 from dssk.training.distill import Teacher, for_student
-from dssk.training.sampler import EpochSampler, context_numbers, text_lengths
+from dssk.training.sampler import EpochSampler, shared_contexts, text_lengths
 from dssk.training.stopping import LeaveTraining
 from dssk.utils.files import publish_json
 
@@ -51,17 +51,14 @@ class CrossAttnTrainer(BudgetTrainer):
         self.budget = budget or CpuBudget()
         self.teacher = teacher
         self.evaluation_due = False  # a stop from outside came in or before an evaluation
-        self.seconds = {
-            "training": 0.0,
-            "data": 0.0,
-            "evaluation": 0.0,
-            "saving": 0.0,
-        }  # of this process, by use
+        self.seconds = dict.fromkeys(
+            ("training", "data", "evaluation", "saving"), 0.0
+        )  # of this process, by use
         self._tokens = 0  # of this rank, padding included, since the last log
         self._logged_seconds = 0.0
         lengths = text_lengths(self.train_dataset) if cfg.group_by_length else None
         together = cfg.questions_per_context
-        contexts = context_numbers(self.train_dataset) if together > 1 else None
+        contexts = shared_contexts(self.train_dataset) if together > 1 else None
         self.sampler = EpochSampler(
             len(self.train_dataset), self.global_batch, cfg.seed, lengths, contexts, together
         )
@@ -118,9 +115,8 @@ class CrossAttnTrainer(BudgetTrainer):
 
     def _get_grad_norm(self, *args, **kwargs):
         norm = super()._get_grad_norm(*args, **kwargs)
-        if (
-            not self.cfg.fp16 and norm is not None
-        ):  # fp16's scaler meets infinite gradients and skips such steps
+        # fp16's scaler meets infinite gradients and skips such steps.
+        if not self.cfg.fp16 and norm is not None:
             self._watch("the gradient's norm", torch.as_tensor(norm))
         return norm
 

@@ -112,7 +112,7 @@ def add_generation(parser: argparse._ActionsContainer, batch_flag: str = "--batc
         type=positive_int,
         default=BATCH_SIZE,
         metavar="QUESTIONS",
-        help="most questions in a batch; long contexts make batches smaller",
+        help="most questions in a batch",
     )
     parser.add_argument(
         "--max_new_tokens",

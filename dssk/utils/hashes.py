@@ -47,9 +47,8 @@ def cached(kind: str, path: Path, compute: Callable[[], str]) -> str:
     value = compute()
     if _key(kind, path) == key and _is_settled(path):
         _known[key] = value
-        with contextlib.suppress(
-            OSError, RuntimeError
-        ):  # a disk that is full or read-only, a user without a home
+        # A disk may be full or read-only, a user may have no home.
+        with contextlib.suppress(OSError, RuntimeError):
             _append(key, value)
     return value
 

@@ -14,9 +14,8 @@ from typing import TypeVar
 from dssk.errors import DsskError
 
 T = TypeVar("T")
-_TIMEOUT = datetime.timedelta(
-    days=7
-)  # others wait while the first reads the source; torchrun sees deaths sooner
+# Others wait while the first reads the source; torchrun sees deaths sooner.
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ MUTANTS = [
        "store/test_library.py -k cannot_be_added"),
     _M(STORE + "library.py", "Origin(id, start, end)", "Origin(id, 0, end)",
        "store/test_library.py -k know_their_place"),
-    _M(STORE + "search.py", "weight / _rarity(", "1.0 + 0 * _rarity(", "store/test_library.py -k several_indices"),
+    _M(STORE + "search.py", "weight / _idf(", "1.0 + 0 * _idf(", "store/test_library.py -k several_indices"),
     _M(DATA + "distractors.py", "self._documents[n] != self._documents[own] and fits(n)", "fits(n)",
        "data/test_distractors.py -k random_ones"),
     _M(DATA + "distractors.py", "(drawn := self._one(source", "(drawn := self._one('random'",

@@ -12,8 +12,8 @@ from dssk.research.prompted import (
     PrefixCachedSystem,
     PromptedSystem,
     cache_bytes_per_token,
+    few_shot,
     make_prompt,
-    worked,
 )
 from tests.conftest import fused, make_base
 
@@ -37,7 +37,7 @@ def test_a_prompt_is_context_and_question(tokenizer):
 def test_worked_examples_stand_before_a_prompt_and_take_their_room(base, tokenizer, questions):
     example = Question("0", "who", "the mill", ["Ann"])
     assert (
-        tokenizer.decode(worked(tokenizer, [example]))
+        tokenizer.decode(few_shot(tokenizer, [example]))
         == "context: the mill \n question: who \n answer: Ann\n\n"
     )
     plain, shown = (
