@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dssk import __version__
-from dssk.errors import DsskError, run
+from dssk.errors import DsskError, exit_code_of
 from dssk.utils.flags import nearest
 from dssk.utils.old_names import OLD_NAMES, OldNames
 
@@ -35,7 +35,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run(lambda: dispatch(words))
+    return exit_code_of(lambda: dispatch(words))
 
 
 def dispatch(words: list[str]) -> int | None:

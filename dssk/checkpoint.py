@@ -61,7 +61,7 @@ def finish_checkpoint(folder: Path, facts: dict[str, Any]) -> int:
         entries = {name: _flushed(folder / name) for name in _names(folder)}
     files.sync(folder)
     body = {"format_version": FORMAT_VERSION, **facts, "files": entries}
-    files.publish_json(folder / MANIFEST, {**body, "checksum": _checksum(body)})
+    files.write_json(folder / MANIFEST, {**body, "checksum": _checksum(body)})
     return sum(entry["num_bytes"] for entry in entries.values())
 
 
@@ -122,7 +122,7 @@ class Writer:
         self.folder = folder
 
     def tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        with files.publish(self.folder / name) as file:
+        with files.atomic_file(self.folder / name) as file:
             file.write(save(tensors, metadata={"format": "pt"}))
 
     def model(self, model: PreTrainedModel, tokenizer, weights: dict[str, torch.Tensor]) -> None:

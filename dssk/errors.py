@@ -1,6 +1,6 @@
 """What can go wrong for a user, and the exit code that says so to a scheduler.
 
-Every error a user can cause or mend is a `DsskError`: `run` prints it as one line and exits with its code.
+Every error a user can cause or mend is a `DsskError`: `exit_code_of` prints it as one line and exits with its code.
 Anything else is our own bug and keeps its traceback (exit code 1).
 """
 
@@ -71,7 +71,7 @@ def short(value: object, max_characters: int = MAX_MESSAGE_CHARACTERS) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def run(main: Callable[[], int | None]) -> int:
+def exit_code_of(main: Callable[[], int | None]) -> int:
     """Call `main` and return the process's exit code; a `DsskError` becomes one line on standard error."""
     try:
         code = main() or 0

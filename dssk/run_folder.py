@@ -20,7 +20,7 @@ from typing import Any
 from dssk.checkpoint import FINAL, checkpoint_folders, load_manifest
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, DsskError
-from dssk.utils.files import machine_faults, publish_json
+from dssk.utils.files import machine_faults, write_json
 from dssk.utils.json_files import read_json, read_objects
 
 EXP_DICT = "exp_dict.json"
@@ -101,7 +101,7 @@ def stored_experiment(savedir_base: Path, exp_id: str) -> dict[str, Any]:
 def write_experiment(savedir: Path, exp_dict: dict[str, Any]) -> None:
     """Keep the experiment in its run's folder; one that is there already must be the same."""
     if not (savedir / EXP_DICT).exists():
-        publish_json(savedir / EXP_DICT, exp_dict)
+        write_json(savedir / EXP_DICT, exp_dict)
     elif changed := differences(read_experiment(savedir), exp_dict):
         raise DsskError(f"{savedir / EXP_DICT} is another experiment: {changed}")
 

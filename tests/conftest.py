@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from dssk.errors import run
+from dssk.errors import exit_code_of
 from dssk.inference.auto import from_base
 from dssk.models.modeling import CrossAttnForCausalLM
 from exp_configs import BASE_CONFIG
@@ -154,7 +154,7 @@ def run_command(monkeypatch, capsys):
 
     def run_command(module, *argv: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
-        assert run(module.main) == code
+        assert exit_code_of(module.main) == code
         said = capsys.readouterr()
         return said.err if code else said.out
 

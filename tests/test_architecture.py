@@ -115,6 +115,15 @@ def test_an_import_against_the_direction_is_found(tmp_path, file, code):
     assert len(wrong_imports(tmp_path)) == 1
 
 
+def test_models_know_tensors_and_configurations_alone():
+    known = modules(PACKAGE)
+    for module, file in known.items():
+        if module.startswith("models."):
+            assert {imported.partition(".")[0] for imported in imports(file, known)} <= {"models"}, module
+            names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+            assert not [name for name in names if "okenizer" in name], module
+
+
 def test_no_modules_import_each_other():
     known = modules(PACKAGE)
     graph = {module: {i for i in imports(file, known) if i} - {module} for module, file in known.items()}

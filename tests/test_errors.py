@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from dssk import errors
-from dssk.errors import DamagedData, DsskError, run, short
+from dssk.errors import DamagedData, DsskError, exit_code_of, short
 
 
 def failing(error: BaseException):
@@ -26,7 +26,7 @@ def failing(error: BaseException):
     ],
 )
 def test_a_message_is_one_printable_line_of_some_hundred_characters(capsys, text):
-    assert run(failing(DamagedData(text))) == DamagedData.exit_code
+    assert exit_code_of(failing(DamagedData(text))) == DamagedData.exit_code
     said = capsys.readouterr().err.removesuffix("\n")
     assert said.isprintable()
     assert said.isascii()
@@ -55,16 +55,16 @@ def test_a_short_message_stays_as_it_is():
     ],
 )
 def test_what_the_machine_refuses_is_one_line(error, code, line, capsys):
-    assert run(failing(error)) == code
+    assert exit_code_of(failing(error)) == code
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"dssk: error: {line}")
 
 
 def test_what_is_no_mistake_of_a_user_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        run(failing(ZeroDivisionError()))
+        exit_code_of(failing(ZeroDivisionError()))
     with pytest.raises(OSError, match="odd"):
-        run(failing(OSError(errno.ECHILD, "odd", "/a")))
-    assert run(failing(KeyboardInterrupt())) == 130
-    assert run(lambda: None) == 0
-    assert run(failing(DsskError("x"))) == 2
+        exit_code_of(failing(OSError(errno.ECHILD, "odd", "/a")))
+    assert exit_code_of(failing(KeyboardInterrupt())) == 130
+    assert exit_code_of(lambda: None) == 0
+    assert exit_code_of(failing(DsskError("x"))) == 2

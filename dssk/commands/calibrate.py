@@ -40,7 +40,7 @@ def calibrate(args: argparse.Namespace) -> None:
     from dssk.inference.rounding import TORCH_DTYPES
     from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
     from dssk.utils.console import quiet_libraries
-    from dssk.utils.files import publish_folder
+    from dssk.utils.files import atomic_folder
 
     quiet_libraries()
     tokenizer = load_tokenizer(args.base, args.revision)
@@ -60,7 +60,7 @@ def calibrate(args: argparse.Namespace) -> None:
     )
     del base
     model = calibrated(found, args.base, revision=args.revision, dtype=dtype)
-    with publish_folder(args.output) as folder:
+    with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_report(found, args.storage_dtype, folder)
@@ -70,9 +70,9 @@ def calibrate(args: argparse.Namespace) -> None:
 def write_report(found: "Scan", storage_dtype: str, folder: Path) -> None:
     """The score of each layer, as JSON and as a curve."""
     from dssk.report.figures import layer_curve, write_png
-    from dssk.utils.files import publish_json
+    from dssk.utils.files import write_json
 
-    publish_json(folder / REPORT, {**found.to_dict(), "storage_dtype": storage_dtype})
+    write_json(folder / REPORT, {**found.to_dict(), "storage_dtype": storage_dtype})
     single = [(score.layers[0], score.nll) for score in found.scores if len(score.layers) == 1]
     if len(single) > 1:
         curve = layer_curve(single, found.best.layers[0], found.prompted_nll, found.unread_nll)

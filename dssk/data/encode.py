@@ -235,7 +235,7 @@ def _encode_shard(index: int) -> None:
 
 
 def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callable[[int], object]) -> None:
-    """Encode and publish one shard, writing each batch while the next one is computed."""
+    """Encode and write one shard, writing each batch while the next one is computed."""
     shard = job.plan.shards[index]
     arrow = job.path(index, ".arrow")
     files.require_free(arrow.parent, job.shard_bytes(shard), f"shard {arrow.name}")
@@ -243,7 +243,7 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
     layers = named_layers(job.plan.settings.encode_layer, model.config.num_hidden_layers)
     encoder = Encoder(model, storage_dtype=job.storage_dtype, layers=layers)
     with (
-        files.publish(arrow) as file,
+        files.atomic_file(arrow) as file,
         ThreadPoolExecutor(1) as pool,
         pa.ipc.new_stream(file, schema) as writer,
     ):
@@ -267,7 +267,7 @@ def encode_shard(job: Job, index: int, model: PreTrainedModel, progress: Callabl
         batch_tokens=job.batch_tokens,
         out_of_memory_splits=encoder.out_of_memory_splits,
     )
-    files.publish_text(job.path(index, ".json"), info.to_json())
+    files.write_text(job.path(index, ".json"), info.to_json())
 
 
 def _record(

@@ -221,7 +221,7 @@ def make_plan(
         tables=tables,
         context_tokens=context_tokens,
     )
-    files.publish_text(folder / STAGING / PLAN, plan.to_json())
+    files.write_text(folder / STAGING / PLAN, plan.to_json())
     for path in staged.values():
         files.remove(path)
     return plan

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dssk.errors import DamagedData, EnvironmentFault, run
+from dssk.errors import DamagedData, EnvironmentFault, exit_code_of
 
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 _BATCH_ROWS = 64
@@ -121,4 +121,4 @@ def _batches(url: str) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(exit_code_of(main))

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from dssk.errors import DsskError
 from dssk.inference.answering import encode_passages
 from dssk.inference.attending import Seen, seen
+from dssk.inference.generation import answer_in
 from dssk.inference.loading import FusedModel, device, load_model
 from dssk.inference.passages import Splitter
 from dssk.inference.tokenizer import tokenize_context
@@ -19,7 +20,7 @@ from dssk.models.shapes import window
 from dssk.store.library import Context, ContextLibrary
 from dssk.store.search import WordIndex
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
-from dssk.utils.files import machine_faults, publish_text
+from dssk.utils.files import machine_faults, write_text
 from dssk.utils.json_files import parse_json
 
 QUIT = "/quit"
@@ -51,15 +52,15 @@ def ask(
     if library:
         contexts = ContextLibrary(library)
         contexts.check_model(checkpoint)
-        finder = Finder(contexts, context_id, k or 1)
+        retriever = Retriever(contexts, context_id, k or 1)
     else:
         splitter = Splitter(passage_tokens or window(model.config), overlap)
-        finder = Finder.of_texts(model, tokenizer, texts, splitter, truncate, k)
+        retriever = Retriever.of_texts(model, tokenizer, texts, splitter, truncate, k)
     if not (input or question):
-        converse(model, tokenizer, finder, sys.stdin, max_new_tokens)
+        converse(model, tokenizer, retriever, sys.stdin, max_new_tokens)
         return
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "show_progress": bool(input)}
-    found = [finder.find(row["question"], row.get("context_id")) for row in rows]
+    found = [retriever.find(row["question"], row.get("context_id")) for row in rows]
     questions = [row["question"] for row in rows]
     states = [[context.encoder_hidden_states for context in one] for one in found]
     answers = model.answer(questions, states, tokenizer, **settings)
@@ -76,8 +77,8 @@ def ask(
         show_sources(read)
 
 
-class Finder:
-    """Finds the contexts of a question: given ones, or those that share its words."""
+class Retriever:
+    """Retrieves the contexts of a question: given ones, or those that BM25 finds."""
 
     def __init__(self, library: ContextLibrary | None, ids: Sequence[str] | None = None, k: int | None = 1):
         self._library, self._k = library, k
@@ -94,7 +95,7 @@ class Finder:
         splitter: Splitter,
         truncate: bool = False,
         k: int | None = None,
-    ) -> "Finder":
+    ) -> "Retriever":
         """Texts by their names, which are encoded here, long ones as passages; the best `k` are read, or all.
 
         With `truncate` their beginnings are read alone, and how many tokens are lost is said.
@@ -108,11 +109,11 @@ class Finder:
                 given.append(Context(id, "", passage.text, *place, len(states), truncate, states))
             if truncate and (lost := len(tokenize_context(tokenizer, text)) - len(several[0][0])) > 0:
                 print(f"dssk: --truncate: {lost} tokens of {name} are not read", file=sys.stderr)
-        finder = cls(None, k=k)
-        finder._given = given
+        retriever = cls(None, k=k)
+        retriever._given = given
         if k is not None and k < len(given):
-            finder._index = WordIndex.of_texts([context.text for context in given])
-        return finder
+            retriever._index = WordIndex.of_texts([context.text for context in given])
+        return retriever
 
     def find(self, question: str, ids: Sequence[str] | None = None) -> list[Context]:
         """The contexts for `question`; `ids` come first."""
@@ -150,13 +151,13 @@ def attended(
 def converse(
     model: FusedModel,
     tokenizer: PreTrainedTokenizerBase,
-    finder: Finder,
+    retriever: Retriever,
     lines: Iterable[str],
     max_new_tokens: int,
 ) -> None:
     """Answer line by line, until `/quit` or the end; tokens are shown as they come."""
     for question in _typed(lines):
-        found = finder.find(question)
+        found = retriever.find(question)
         say_nothing_found(found)
         stream = _Stream(tokenizer)
         states = [context.encoder_hidden_states for context in found]
@@ -182,20 +183,17 @@ def show_sources(sources: Sequence[tuple[Context, Seen]]) -> None:
 
 
 class _Stream(TextStreamer):
-    """Prints an answer, and nothing of what a model goes on to write below it."""
+    """Prints an answer as it is generated: by `answer_in`, nothing of what the model writes after it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._started = self._ended = False
+        self._text = self._shown = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if not self._started:
-            text = text.lstrip()
-            self._started = bool(text)
-        line, newline, _ = text.partition("\n")
-        shown = "" if self._ended else line
-        self._ended |= bool(newline)
-        super().on_finalized_text(shown, stream_end)
+        self._text += text
+        answer = answer_in(self._text)
+        super().on_finalized_text(answer[len(self._shown) :], stream_end)
+        self._shown = answer
 
 
 def _typed(lines: Iterable[str]) -> Iterator[str]:
@@ -276,7 +274,7 @@ def write_answers(
     path = Path(output)
     with machine_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(path, lines)
+    write_text(path, lines)
 
 
 def _source(context: Context, part: Seen) -> dict[str, Any]:

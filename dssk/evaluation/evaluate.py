@@ -18,7 +18,7 @@ from dssk.data.distractors import Distractors, Source
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
-from dssk.evaluation.predictions import Answers, answer_all, answer_trials, discard_partial
+from dssk.evaluation.predictions import ByControl, answer_all, answer_trials, discard_partial
 from dssk.evaluation.questions import (
     QuestionSet,
     check_encodings,
@@ -34,7 +34,7 @@ from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize
 from dssk.run_folder import PREDICTIONS, SCORES, model_step
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
-from dssk.utils.files import only_writer, publish_json
+from dssk.utils.files import only_writer, write_json
 from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, join
 
@@ -69,7 +69,7 @@ class CrossAttentionSystem:
             control: trials(control, questions, distractors) for control in controls
         }
 
-    def __call__(self, rows: list[int]) -> list[Answers]:
+    def __call__(self, rows: list[int]) -> list[ByControl]:
         return answer_trials(self.trials, rows, self._answer)
 
     def _answer(self, rows: Sequence[int], chosen: Sequence[Trial]) -> list[tuple[str, float | None]]:
@@ -280,6 +280,6 @@ def evaluate_checkpoint(
         if (step := model_step(folder)) is not None:
             scores["step"] = step
         if ranks.rank == 0:
-            publish_json(file, scores)
+            write_json(file, scores)
             discard_partial(predictions)
             print(f"{table(scores)}\n{file}")

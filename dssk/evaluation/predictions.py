@@ -27,8 +27,8 @@ from dssk.utils.ranks import Ranks
 PARTIAL = "predictions.partial"
 
 # control -> (prediction, negative log-likelihood of the first gold answer in nats a token, or None)
-Answers = dict[str, tuple[str, float | None]]
-System = Callable[[list[int]], list[Answers]]  # row numbers -> the answers to each
+ByControl = dict[str, tuple[str, float | None]]
+System = Callable[[list[int]], list[ByControl]]  # row numbers -> the answers to each
 Trial = TypeVar("Trial")  # how a system is put one question under one control
 
 
@@ -74,13 +74,13 @@ def answer_trials(
     trials: Mapping[str, Sequence[Trial | None]],
     rows: Sequence[int],
     answer: Callable[[Sequence[int], Sequence[Trial]], Sequence[tuple[str, float | None]]],
-) -> list[Answers]:
+) -> list[ByControl]:
     """The answers to some rows under every control.
 
     `trials` holds, for each control, the trial of every row, or None where the control does not apply. `answer` takes
     row numbers and their trials under one control.
     """
-    answers: list[Answers] = [{} for _ in rows]
+    answers: list[ByControl] = [{} for _ in rows]
     for control, of_rows in trials.items():
         asked = [(i, row, trial) for i, row in enumerate(rows) if (trial := of_rows[row]) is not None]
         if asked:
@@ -96,7 +96,7 @@ def discard_partial(path: Path) -> None:
         files.remove(partial)
 
 
-def _prediction(questions: QuestionSet, row: int, answers: Answers) -> Prediction:
+def _prediction(questions: QuestionSet, row: int, answers: ByControl) -> Prediction:
     asked = questions.rows[row]
     scored = {
         control: {
@@ -124,7 +124,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
     files.make_folder(path.parent)
     done = _read(path, settings)
     lines = [{"settings": settings}, *({"row": row, **prediction} for row, prediction in done.items())]
-    files.publish_text(_partial(path, 0), "".join(map(_checked_line, lines)))
+    files.write_text(_partial(path, 0), "".join(map(_checked_line, lines)))
     for partial in _partials(path):
         if partial != _partial(path, 0):
             files.remove(partial)
@@ -134,7 +134,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
 def _finish(path: Path, settings: dict[str, Any], count: int) -> list[Prediction]:
     done = _read(path, settings)
     predictions = [done[row] for row in range(count)]
-    files.publish_text(path, "".join(map(_line, predictions)))
+    files.write_text(path, "".join(map(_line, predictions)))
     return predictions
 
 

@@ -26,7 +26,7 @@ def _export(checkpoint: Path, output: Path, base_model: str | None, base_only: b
         model = model.plain_base()
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     files.require_free(output.parent, num_bytes, output.name)
-    with files.publish_folder(output) as folder:
+    with files.atomic_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         finish_checkpoint(folder, facts)

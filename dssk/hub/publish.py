@@ -14,7 +14,7 @@ from dssk.inference.loading import find_model, load_model
 from dssk.run_folder import read_metrics, scores_of
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import CROSS_ATTENTION, FUSED
-from dssk.utils.files import machine_faults, only_writer, publish_folder, require_free, size, temporary_folder
+from dssk.utils.files import atomic_folder, machine_faults, only_writer, require_free, size, temporary_folder
 from dssk.utils.hub_names import hub_name
 
 FILES = ["README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
@@ -155,6 +155,6 @@ def write(
     with only_writer(output):
         if output.exists():
             raise DsskError(f"--output {output} exists: want a new folder")
-        with publish_folder(output) as folder:
+        with atomic_folder(output) as folder:
             prepare(checkpoint, folder, repository or output.name, what, base_model, data_path)
     print(f"{output}: {size(sum(file.stat().st_size for file in output.iterdir()))}, nothing was uploaded")

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from dssk.errors import DamagedData, DsskError
 from dssk.models.merged import MergedContext
-from dssk.utils.files import machine_faults, publish
+from dssk.utils.files import atomic_file, machine_faults
 
 FORMAT = "dssk-kv-cache"
 VERSION = "1"
@@ -25,7 +25,7 @@ def save_cache(context: MergedContext, path: Path, dtype: torch.dtype | None = N
     for index, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
         tensors[f"keys.{index}"] = keys.detach().to("cpu", dtype).contiguous()
         tensors[f"values.{index}"] = values.detach().to("cpu", dtype).contiguous()
-    with publish(path) as file:
+    with atomic_file(path) as file:
         file.write(save(tensors, {"format": FORMAT, "version": VERSION, **about}))
 
 

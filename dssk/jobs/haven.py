@@ -12,7 +12,7 @@ from dssk.errors import DsskError, EnvironmentFault
 from dssk.jobs import slurm
 from dssk.jobs.states import GONE, state_of
 from dssk.run_folder import DELETED, EXP_DICT, JOB_CODE, JOB_DICT, read_job, write_experiment
-from dssk.utils.files import make_folder, publish_json, remove
+from dssk.utils.files import make_folder, remove, write_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # haven 0.7.3 imports pkg_resources, which says that it is deprecated
@@ -74,7 +74,7 @@ class Jobs(haven_jobs.JobManager):
         write_experiment(folder, exp_dict)
         copy_code(Path(self.workdir), folder / JOB_CODE, Path(self.savedir_base))
         job_dict = {"job_id": self.submit_job(command, folder / JOB_CODE), "command": command}
-        publish_json(folder / JOB_DICT, job_dict | {"job_scheduler": self.scheduler})
+        write_json(folder / JOB_DICT, job_dict | {"job_scheduler": self.scheduler})
         return job_dict
 
 

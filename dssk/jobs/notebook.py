@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 from haven import haven_utils
 
-from dssk.utils.files import publish_text
+from dssk.utils.files import write_text
 
 NOTEBOOK = "results.ipynb"
 HEAD = """\
@@ -28,7 +28,7 @@ def create_notebook(savedir_base: Path, scheduler: str) -> None:
     """Write the notebook into `savedir_base`, unless there is one: its owner may have changed it."""
     path = savedir_base / NOTEBOOK
     if not path.exists():
-        publish_text(path, nbformat.writes(notebook(savedir_base, scheduler)) + "\n")
+        write_text(path, nbformat.writes(notebook(savedir_base, scheduler)) + "\n")
 
 
 def notebook(savedir_base: Path, scheduler: str) -> nbformat.NotebookNode:

@@ -15,7 +15,7 @@ from typing import Any
 from dssk.errors import DsskError, EnvironmentFault, Preempted
 from dssk.jobs.states import ALIVE, GONE, state_of
 from dssk.run_folder import ERRORS, JOB_CODE, JOB_ENDED, JOB_SCRIPT, LOGS, STATUS
-from dssk.utils.files import publish_text
+from dssk.utils.files import write_text
 
 KILL_SECONDS = 120
 TRIES = 5
@@ -64,7 +64,7 @@ def submit_job(
     """Write the batch script into the experiment's folder and submit it; returns the job's id."""
     savedir = Path(workdir).parent
     script = savedir / JOB_SCRIPT
-    publish_text(script, batch_script(command, job_config["nodes"], savedir))
+    write_text(script, batch_script(command, job_config["nodes"], savedir))
     account = [f"--account={account_id}"] if account_id else []
     return _slurm(
         "sbatch",

@@ -15,7 +15,7 @@ from dssk.errors import DsskError
 from dssk.jobs import slurm
 from dssk.jobs.states import COMPLETED, GONE, state_of
 from dssk.run_folder import newest_scores, read_experiment, read_job, read_metrics, read_status, run_folders
-from dssk.utils.files import publish, publish_text
+from dssk.utils.files import atomic_file, write_text
 
 RESULTS = "results"
 CURVES = {"training loss": ("loss",), "validation loss": ("eval_loss",), "F1": ("eval_f1", "f1")}
@@ -26,8 +26,8 @@ def write_table(savedir_base: Path) -> str:
     """Write results.csv, results.md and results.png into `savedir_base`; returns the Markdown."""
     experiments = find_experiments(savedir_base)
     rows = [row_of(savedir, exp_dict, experiments) for savedir, exp_dict in experiments.items()]
-    publish_text(savedir_base / f"{RESULTS}.csv", as_csv(rows))
-    publish_text(savedir_base / f"{RESULTS}.md", as_markdown(rows))
+    write_text(savedir_base / f"{RESULTS}.csv", as_csv(rows))
+    write_text(savedir_base / f"{RESULTS}.md", as_markdown(rows))
     plot(list(experiments), savedir_base / f"{RESULTS}.png")
     return as_markdown(rows)
 
@@ -141,5 +141,5 @@ def plot(savedirs: list[Path], path: Path) -> None:
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    with publish(path) as file:
+    with atomic_file(path) as file:
         file.write(image.getvalue())

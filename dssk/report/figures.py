@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dssk.utils.files import publish
+from dssk.utils.files import atomic_file
 
 WIDTH, HEIGHT = 5.2, 3.1  # inches; a page shows two side by side, a phone one
 INK = "#2a2f37"
@@ -245,7 +245,7 @@ def svg(figure: Figure) -> Markup:
 
 def write_png(figure: Figure, path: Path) -> None:
     """The figure on white, 200 dots an inch."""
-    with publish(path) as file:
+    with atomic_file(path) as file:
         file.write(_saved(figure, format="png", dpi=200, facecolor="white"))
 
 

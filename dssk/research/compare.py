@@ -63,7 +63,7 @@ def compare(wanted: Comparison) -> list[Row]:
     for data, questions in sets.items():
         for number in numbers:
             table += rows_by_number(systems, together, data, questions, number)
-    files.publish_json(systems.output / TABLE, table)
+    files.write_json(systems.output / TABLE, table)
     return table
 
 
@@ -127,7 +127,7 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet, numbe
     batch_size = max(1, systems.wanted.eval_batch_size // max(1, number))
     predictions = answer_all(questions, system, path, settings, batch_size, Ranks(0, 1, 0))
     scores = several.scored(system, predictions, number) if number else score(predictions, CONTROLS)
-    files.publish_json(file, {"settings": settings, "scores": scores})
+    files.write_json(file, {"settings": settings, "scores": scores})
     discard_partial(path)
     return scores
 
@@ -229,7 +229,7 @@ def show_medium_cost(file: Path, measure: bool) -> None:
     """Print what a larger model's answers cost; `measure` it unless that was done before."""
     if measure and not file.is_file():
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            files.publish_json(file, cost.medium(Path(folder)))
+            files.write_json(file, cost.medium(Path(folder)))
     if file.is_file():
         print(f"random weights, contexts of {cost.MEDIUM_CONTEXT} tokens")
         print(f"{render(read_json(file, list))}\n{file}")

@@ -126,7 +126,7 @@ def _train(
         "cpu_seconds": round(budget.used, 1),
         "questions": trainer.state.global_step * settings.batch_size,
     }
-    files.publish_json(partial / SETTINGS_FILE, facts)
+    files.write_json(partial / SETTINGS_FILE, facts)
     files.remove(folder)
     partial.rename(folder)
 

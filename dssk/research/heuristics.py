@@ -1,4 +1,4 @@
-"""Answers without any model: what a gain over guessing has to beat.
+"""ByControl without any model: what a gain over guessing has to beat.
 
 An entity is a run of words that begin with a capital letter or a digit. HTML tags, which some data sets leave in
 their contexts, are no words.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dssk.evaluation.metrics import normalize
-from dssk.evaluation.predictions import Answers
+from dssk.evaluation.predictions import ByControl
 from dssk.evaluation.questions import Question, QuestionSet
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
@@ -34,7 +34,7 @@ class HeuristicSystem:
         self.answer = {"random_entity": random_entity, "overlap": overlap}[name]
         self.questions = questions
 
-    def __call__(self, rows: list[int]) -> list[Answers]:
+    def __call__(self, rows: list[int]) -> list[ByControl]:
         return [{"with_context": (self.answer(self.questions.rows[row], row), None)} for row in rows]
 
 

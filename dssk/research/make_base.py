@@ -34,7 +34,7 @@ from dssk.errors import DsskError
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
-from dssk.utils.files import only_writer, publish_folder
+from dssk.utils.files import atomic_folder, only_writer
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 SETTINGS_FILE = "make_base.json"
@@ -314,7 +314,7 @@ def _tokenizer(settings: Settings, pages: list[Page]) -> PreTrainedTokenizerBase
 def _save(
     output: Path, model: GPTBigCodeForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> None:
-    with publish_folder(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Answers of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
+"""ByControl of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
 
 A prompt is `context: ... \n question: ... \n answer:`, or holds several contexts one behind the other. Of those the
 question's own stays, and the others in their order as long as the answer has room within the model's positions; a
@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from dssk import prompts
 from dssk.errors import DsskError
 from dssk.evaluation import by_number
-from dssk.evaluation.predictions import Answers, answer_trials
+from dssk.evaluation.predictions import ByControl, answer_trials
 from dssk.evaluation.questions import Question, QuestionSet
 from dssk.inference.generation import Tokens, generate_batch, nll_batch
 from dssk.inference.tokenizer import (
@@ -161,7 +161,7 @@ class PromptedSystem:
         """How many prompts lost the end of their context."""
         return sum(prompt.was_cut for control in self.trials for prompt in self.prompts(control))
 
-    def __call__(self, rows: list[int]) -> list[Answers]:
+    def __call__(self, rows: list[int]) -> list[ByControl]:
         return answer_trials(self.trials, rows, self._answer)
 
     def _answer(self, rows: Sequence[int], chosen: Sequence[Prompt]) -> list[tuple[str, float]]:
@@ -246,7 +246,7 @@ class PrefixCache:
             return held["keys"], held["values"]
         path = self.path(context)
         if not path.exists():
-            with files.publish(path) as file:
+            with files.atomic_file(path) as file:
                 file.write(save(self._make(context)))
         with safe_open(path, "pt") as file:
             return file.get_tensor("keys"), file.get_tensor("values")

@@ -69,7 +69,7 @@ def write_sets(sources: dict[str, list[Source]], folder: Path) -> dict[str, int]
         path = folder / f"{name}.jsonl"
         text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            files.publish_text(path, text)
+            files.write_text(path, text)
     return {name: len(rows) for name, rows in sets.items()}
 
 

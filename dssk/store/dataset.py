@@ -106,13 +106,13 @@ def finish(
     entries = settings.model_dump()
     data_set = DataSet(**{name: entries.pop(name) for name in ("shard_rows", "source")}, counts=counts)
     manifest = Manifest(**entries, segments=segments, files=infos, data_set=data_set)
-    files.publish_text(folder / MANIFEST, manifest.to_json())
+    files.write_text(folder / MANIFEST, manifest.to_json())
     return load_manifest(folder)
 
 
 def _write_json(path: Path, value: Any) -> FileInfo:
     text = json.dumps(value, indent=2) + "\n"
-    files.publish_text(path, text)
+    files.write_text(path, text)
     return _info_of_text(text)
 
 

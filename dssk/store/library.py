@@ -340,7 +340,7 @@ class ContextLibrary:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise DsskError(f"{self.path} holds something else: begin a library in a new folder")
             files.make_folder(self.path)
-            files.publish_text(self.path / MANIFEST, manifest.to_json())
+            files.write_text(self.path / MANIFEST, manifest.to_json())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -432,7 +432,7 @@ class ContextLibrary:
         for segment in segments:
             infos |= self._index_files(segment) or self._write_index(segment)
         manifest = self.manifest.model_copy(update={"segments": segments, "files": infos})
-        files.publish_text(self.path / MANIFEST, manifest.to_json())
+        files.write_text(self.path / MANIFEST, manifest.to_json())
         files.remove(self.path / v01.LIBRARY)
         self._open()
         self._remove_unnamed()
@@ -442,7 +442,7 @@ class ContextLibrary:
         opened = read_segment(self.path / segment.name, self.manifest, segment.rows)
         index = WordIndex.of_texts(_texts(Place(opened, row) for row in range(segment.rows)))
         name = _index_name(segment)
-        with files.publish_folder(self.path / name) as folder:
+        with files.atomic_folder(self.path / name) as folder:
             index.save(folder)
             return {
                 f"{name}/{path.name}": FileInfo(num_bytes=path.stat().st_size, xxh3_128=files.xxh3_128(path))

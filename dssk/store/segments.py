@@ -91,7 +91,7 @@ def _binary(values: torch.Tensor, lengths: np.ndarray) -> pa.Array:
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> FileInfo:
     """Write an Arrow stream, whole or not at all."""
-    with files.publish(path) as file, pa.ipc.new_stream(file, schema) as writer:
+    with files.atomic_file(path) as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return FileInfo(num_bytes=file.num_bytes, xxh3_128=file.hexdigest())

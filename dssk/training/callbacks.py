@@ -15,7 +15,7 @@ from dssk.errors import DsskError
 from dssk.run_folder import METRICS, split_metrics
 from dssk.training.budget import CpuBudget
 from dssk.utils.console import watched
-from dssk.utils.files import machine_faults, publish_text
+from dssk.utils.files import machine_faults, write_text
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -37,7 +37,7 @@ class MetricsFile(TrainerCallback):
             if damaged > 1:  # one is what a process leaves that is killed
                 print(f"dssk: {damaged} damaged lines of {savedir / METRICS} are dropped", file=sys.stderr)
             kept = (line for line in lines if line["step"] <= state.global_step)
-            publish_text(savedir / METRICS, "".join(map(_line, kept)))
+            write_text(savedir / METRICS, "".join(map(_line, kept)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         file = Path(args.output_dir) / METRICS

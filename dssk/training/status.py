@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dssk.errors import DsskError, Preempted
 from dssk.run_folder import STATUS, read_status
-from dssk.utils.files import publish_json
+from dssk.utils.files import write_json
 
 INTERRUPTED_CODE = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -47,4 +47,4 @@ def _write(savedir: Path, rank: int, state: str, code: int | None = None, reason
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     with contextlib.suppress(OSError, DsskError):  # a full disk must not hide why the run ended
-        publish_json(savedir / STATUS, status)
+        write_json(savedir / STATUS, status)

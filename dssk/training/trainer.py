@@ -18,7 +18,7 @@ from dssk.training.budget import BudgetTrainer, CpuBudget
 from dssk.training.distill import Teacher, for_student
 from dssk.training.sampler import EpochSampler, shared_contexts, text_lengths
 from dssk.training.stopping import LeaveTraining
-from dssk.utils.files import publish_json
+from dssk.utils.files import write_json
 
 MAX_ROWS_NAMED = 8
 
@@ -200,7 +200,7 @@ class CrossAttnTrainer(BudgetTrainer):
         with write_checkpoint(folder, self._facts(), num_bytes) as write:
             write.model(self.unwrapped_model, self.processing_class, weights)
             write.tensors(state.OPTIMIZER_FILE, moments)
-            publish_json(folder / state.STATE_FILE, run_state)
+            write_json(folder / state.STATE_FILE, run_state)
             self.state.save_to_json(str(folder / state.TRAINER_STATE_FILE))
         rotate(savedir, self.keep_checkpoints, best)
 

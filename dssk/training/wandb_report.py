@@ -20,7 +20,7 @@ from dssk.errors import DsskError
 from dssk.run_folder import WANDB, read_wandb
 from dssk.training.answers import AnswerScorer
 from dssk.training.flags import RunArgs
-from dssk.utils.files import publish_json
+from dssk.utils.files import write_json
 from dssk.utils.wandb_key import find_key
 
 ANSWER_SECONDS = 4
@@ -95,7 +95,7 @@ def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any
     earlier = read_wandb(savedir).get("id")
     run_id = earlier or secrets.token_hex(4)
     # All starts share the id, and the report needs to find it.
-    publish_json(savedir / WANDB, {"id": run_id, **where})
+    write_json(savedir / WANDB, {"id": run_id, **where})
     mode = wandb_mode()
     if mode == "offline" and earlier:
         warn("an offline wandb run cannot be continued: a new piece of it is kept, `wandb sync` joins them")

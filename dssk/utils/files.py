@@ -51,7 +51,7 @@ class HashingWriter:
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[HashingWriter]:
+def atomic_file(path: Path) -> Iterator[HashingWriter]:
     """Open `path` for writing; it appears under its name only when the block ends, whole and on the disk."""
     temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
@@ -67,16 +67,16 @@ def publish(path: Path) -> Iterator[HashingWriter]:
             temp.unlink(missing_ok=True)
 
 
-def publish_text(path: Path, text: str) -> str:
+def write_text(path: Path, text: str) -> str:
     """Write a whole text file at once; returns its xxh3_128."""
-    with publish(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode())
     return file.hexdigest()
 
 
-def publish_json(path: Path, value: Any) -> str:
+def write_json(path: Path, value: Any) -> str:
     """Write a whole JSON file at once, indented; returns its xxh3_128."""
-    return publish_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """The same, but it takes that name when the block ends, whole and on the disk."""
     with temporary_folder(path) as temp:
         yield temp

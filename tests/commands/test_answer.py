@@ -10,7 +10,7 @@ import pytest
 
 from dssk.commands import answer
 from dssk.demo.asking import NOTHING_FOUND, _Stream
-from dssk.errors import run
+from dssk.errors import exit_code_of
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.store.library import ContextLibrary
 from tests.conftest import REPOSITORY, encode_rows, make_base, question_rows
@@ -48,7 +48,7 @@ def command(checkpoint, monkeypatch, capsys):
 
     def command(*argv: object, code: int = 0, note: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["answer", "--checkpoint", str(checkpoint), *map(str, argv)])
-        assert run(answer.main) == code
+        assert exit_code_of(answer.main) == code
         said = capsys.readouterr()
         return said.err if code or note else said.out
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_whose_base_is_gone_is_one_line(model, tokenizer, tmp_path,
     monkeypatch.setattr(
         sys, "argv", ["answer", "--checkpoint", str(tmp_path), "--question", "x", "--context", __file__]
     )
-    assert run(answer.main) == 2
+    assert exit_code_of(answer.main) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the base of" in line
     assert "--base_model" in line

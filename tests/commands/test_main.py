@@ -13,7 +13,7 @@ import pytest
 
 import dssk
 from dssk.__main__ import VERBS, main
-from dssk.errors import run
+from dssk.errors import exit_code_of
 from dssk.inference.rounding import TORCH_DTYPES
 from dssk.utils.defaults import STORAGE_DTYPES
 from dssk.utils.flags import Parser
@@ -140,7 +140,7 @@ def test_a_mistyped_flag_is_one_line(capsys):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(unbuffered):
-    code = "from dssk.errors import run\nraise SystemExit(run(lambda: print('line\\n' * 100_000)))"
+    code = "from dssk.errors import exit_code_of\nraise SystemExit(exit_code_of(lambda: print('line\\n' * 100_000)))"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
@@ -154,7 +154,7 @@ def test_a_broken_pipe_of_another_kind_is_our_fault():
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        run(main)
+        exit_code_of(main)
 
 
 def test_version(capsys):

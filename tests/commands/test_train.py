@@ -3,7 +3,7 @@
 import pytest
 
 from dssk.commands import train
-from dssk.errors import run
+from dssk.errors import exit_code_of
 from exp_configs import EXP_GROUPS
 
 RUN = ["-e", "g", "-sb", "out", "--data_path", "data"]
@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
 
 
 def said(capsys, words, code=2, **given) -> str:
-    assert run(lambda: train.main(words, **given)) == code
+    assert exit_code_of(lambda: train.main(words, **given)) == code
     shown = capsys.readouterr()
     return shown.err if code else shown.out
 

@@ -16,7 +16,7 @@ from dssk.commands import preproc
 from dssk.commands.train import parse_args
 from dssk.config import experiment_id
 from dssk.data import encode
-from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, run
+from dssk.errors import DamagedData, DsskError, EnvironmentFault, Locked, exit_code_of
 from dssk.store.dataset import load_rows
 from dssk.store.opening import load_manifest
 from dssk.training.run import train
@@ -332,7 +332,7 @@ def test_more_processes_than_gpus_are_refused(tmp_path, preprocess, source, monk
 def test_bad_input_is_one_line_and_an_exit_code(tmp_path, preprocess, capsys, content, message, code):
     name = "r.jsonl.gz" if content.startswith(b"\x1f") else "r.jsonl"
     (tmp_path / name).write_bytes(content)
-    assert run(lambda: preprocess(tmp_path, tmp_path / name)) == code
+    assert exit_code_of(lambda: preprocess(tmp_path, tmp_path / name)) == code
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.startswith("dssk: error: ")
@@ -359,7 +359,7 @@ def test_a_value_that_makes_no_sense_is_refused_with_what_would(
 @pytest.mark.parametrize("dataset", ["x" * 300, "x" * 300 + ".jsonl", "a" * 5000 + "/b/c"])
 def test_a_name_longer_than_any_file_can_have_is_one_line(tmp_path, preprocess, capsys, monkeypatch, dataset):
     monkeypatch.chdir(tmp_path)
-    assert run(lambda: preprocess(tmp_path, dataset)) in (2, 3)
+    assert exit_code_of(lambda: preprocess(tmp_path, dataset)) in (2, 3)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert len(error) < 800

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from dssk.commands import verify as command
-from dssk.errors import DamagedData, DsskError, run
+from dssk.errors import DamagedData, DsskError, exit_code_of
 from dssk.store import verify
 from dssk.store.dataset import load_rows
 from dssk.store.library import ContextLibrary
@@ -22,7 +22,7 @@ def damaged(finished, tmp_path):
 
 
 def test_a_finished_store_is_as_written(finished, capsys):
-    assert run(lambda: command.main([str(finished)])) == 0
+    assert exit_code_of(lambda: command.main([str(finished)])) == 0
     assert capsys.readouterr().out.endswith("all as written.\n")
 
 
@@ -81,7 +81,7 @@ def _ends_of_batches(content: bytes) -> list[int]:
 
 def test_a_missing_file_is_named(damaged, capsys):
     (damaged / "train" / "state.json").unlink()
-    assert run(lambda: command.main([str(damaged)])) == 4
+    assert exit_code_of(lambda: command.main([str(damaged)])) == 4
     assert "1 of 19 files" in (error := capsys.readouterr().err)
     assert "train/state.json is missing" in error
     assert error.count("\n") == 1
@@ -107,7 +107,7 @@ def test_what_is_discarded_is_made_again_and_nothing_else(
     before = stamps(damaged.glob("contexts/data-*.arrow"))
     with pytest.raises(DsskError):
         verify.check(damaged)
-    assert run(lambda: command.main([str(damaged), "--discard"])) == 0
+    assert exit_code_of(lambda: command.main([str(damaged), "--discard"])) == 0
     source = finished.parent.parent / "rows.jsonl"
     preprocess(damaged.parent.parent, source)
     assert tree(damaged) == tree(finished)
@@ -117,13 +117,13 @@ def test_what_is_discarded_is_made_again_and_nothing_else(
 
 
 def test_discarding_from_a_sound_store_costs_only_its_manifest(finished, damaged, preprocess):
-    assert run(lambda: command.main([str(damaged), "--discard"])) == 0
+    assert exit_code_of(lambda: command.main([str(damaged), "--discard"])) == 0
     assert tree(damaged).keys() == tree(finished).keys() - {"manifest.json"}
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path, capsys):
-    assert run(lambda: command.main([str(tmp_path / "nowhere")])) == 2
-    assert run(lambda: command.main([str(tmp_path / "nowhere"), "--discard"])) == 2
+    assert exit_code_of(lambda: command.main([str(tmp_path / "nowhere")])) == 2
+    assert exit_code_of(lambda: command.main([str(tmp_path / "nowhere"), "--discard"])) == 2
     assert capsys.readouterr().err.count("no such folder") == 2
 
 
@@ -132,7 +132,7 @@ def test_discarding_never_empties_a_library(base_path, tmp_path, capsys):
     library = ContextLibrary(tmp_path / "library", base_path)
     library.add(["a mill"])
     for _ in range(2):
-        assert run(lambda: command.main([str(library.path), "--discard"])) == 2
+        assert exit_code_of(lambda: command.main([str(library.path), "--discard"])) == 2
         assert "nothing in it can be made again" in capsys.readouterr().err
         assert list(library.path.glob("contexts/*.arrow"))
         (library.path / "manifest.json").write_text("{}")

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 def test_a_published_file_appears_whole_with_its_hash(tmp_path):
     path = tmp_path / "a.bin"
-    with files.publish(path) as file:
+    with files.atomic_file(path) as file:
         file.write(b"one ")
         file.write(memoryview(b"two"))
         assert not path.exists()
@@ -26,10 +26,10 @@ def test_a_published_file_appears_whole_with_its_hash(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
-    files.publish_text(path, "old")
+    files.write_text(path, "old")
 
     def write_half():
-        with files.publish(path) as file:
+        with files.atomic_file(path) as file:
             file.write(b"ne")
             raise ValueError("half way")
 
@@ -46,7 +46,7 @@ def test_content_and_name_are_on_the_disk_before_the_block_ends(tmp_path, monkey
         os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) or real_fsync(fd)
     )
     monkeypatch.setattr(os, "replace", lambda a, b: done.append("rename") or real_replace(a, b))
-    files.publish_text(tmp_path / "a", "x")
+    files.write_text(tmp_path / "a", "x")
     assert [os.path.basename(step)[:5] for step in done] == [".tmp-", "renam", tmp_path.name[:5]]
 
 
