@@ -22,10 +22,8 @@ SMALLEST_VOCABULARY = 256 + 5  # every byte and the special tokens
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.kind not in (
-        None,
-        *KINDS,
-    ):  # no `choices`: a value behind a mistyped flag would be looked up there first
+    # No `choices`: a value behind a mistyped flag would be looked up there first.
+    if args.kind not in (None, *KINDS):
         parser.error(
             f"unknown kind {args.kind!r}{nearest(args.kind, KINDS)}: want {' or '.join(KINDS)}, or none"
         )

@@ -115,9 +115,8 @@ def load_module(file: Path, flag: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))  # it may import its neighbours
     try:
-        with warnings.catch_warnings(
-            action="ignore", category=SyntaxWarning
-        ):  # of what it says before its error
+        # Python's warnings about the file would come before its error.
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             spec.loader.exec_module(module)
     except Exception as error:
         line = error.lineno if isinstance(error, SyntaxError) else line_in(error, file)

@@ -139,9 +139,8 @@ def prepare(request: Request, locks: contextlib.ExitStack, team: ranks.Ranks) ->
     source = request.source()
     settings = _settings(request, config, source)
     staging = folder / planning.STAGING
-    if staging.exists() or not _is_complete(
-        folder, settings, request, config
-    ):  # a complete one may lie on a read-only disk
+    # A complete one may lie on a read-only disk.
+    if staging.exists() or not _is_complete(folder, settings, request, config):
         locks.enter_context(files.only_writer(folder))
     if _is_complete(folder, settings, request, config):
         files.remove(staging)
@@ -222,9 +221,8 @@ def _is_complete(folder: Path, settings: Settings, request: Request, config: Pre
         found = found.model_copy(update={"model_fingerprint": settings.model_fingerprint})
     whole: dict[str, str | int | float | None] = {PASSAGES: f"{found.maximum_input_length} tokens"}
     if PASSAGES not in found.source and not manifest.counts.truncated and request.passages() in ({}, whole):
-        found = found.model_copy(
-            update={"source": found.source | request.passages()}
-        )  # nothing was cut anyway
+        # Nothing was cut anyway.
+        found = found.model_copy(update={"source": found.source | request.passages()})
     _require_same(folder, found, settings)
     check_sizes(folder, manifest)
     return True

@@ -20,9 +20,8 @@ ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _FIRST_PIECE_BYTES = 1 << 20
 _SPACES = re.compile(r"[ \t\n\r]*")
-_COMPLETE = re.compile(
-    r"[]}\"el][\s\S]|[\s\S][]},: \t\n\r]"
-)  # last character of a value, and the one after it
+# Last character of a value, and the one after it.
+_COMPLETE = re.compile(r"[]}\"el][\s\S]|[\s\S][]},: \t\n\r]")
 
 
 class BadRow(Exception):

@@ -56,9 +56,8 @@ class Answered:
     """An answer, what it was found by, and what it took beside prompting the base."""
 
     text: str
-    weights: list[
-        float
-    ]  # of each context token, its share of the attention: the mean over heads and answer tokens
+    # Of each context token, its share of the attention: the mean over heads and answer tokens.
+    weights: list[float]
     seen: list[Seen]  # of each passage
     first_token_seconds: float
     seconds: float

@@ -83,9 +83,8 @@ def evidence(
     encoder = Encoder(model, tokenizer)
     for row in tqdm(rows, desc="attention", unit="question", disable=None):
         (states,) = encoder.encode([row["context"]])
-        states = states[
-            : row.get("context_tokens")
-        ]  # as it was cut; a state depends on what stands before it alone
+        # Cut as it was when answering: a state depends only on the tokens before it.
+        states = states[: row.get("context_tokens")]
         mask = answer_mask(tokenizer, row["context"], row["answers"])[: len(states)]
         if not mask.any():  # its context was cut before the answer
             continue

@@ -248,9 +248,8 @@ def _batches(
     tokens = [sum(map(len, several)) for several in states]
     rows = sorted(range(len(states)), key=lambda row: (groups[row], -prompt_tokens[row]))
     for part in ([row for row in rows if tokens[row]], [row for row in rows if not tokens[row]]):
-        for batch in length_batches(
-            [tokens[row] for row in part], batch_size
-        ):  # keeps the order of equal ones
+        # Batching keeps the order of rows with equally long contexts.
+        for batch in length_batches([tokens[row] for row in part], batch_size):
             yield [part[i] for i in batch]
 
 

@@ -43,9 +43,8 @@ def family(model_type: str) -> Family:
         raise ValueError(f"{model_type} models cannot read a cached context: {REFUSED[model_type]}")
     known = model_type in CONFIG_MAPPING
     config_class: Any = CONFIG_MAPPING[model_type] if known else None
-    if (
-        config_class is not None and config_class.model_type != model_type
-    ):  # a second name for the same classes
+    # Some model types are second names for the same classes.
+    if config_class is not None and config_class.model_type != model_type:
         return family(config_class.model_type)
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     backbone_class = MODEL_MAPPING.get(config_class, None)
@@ -57,9 +56,8 @@ def family(model_type: str) -> Family:
     for made in classes:
         made.__module__ = __name__  # they are found here by name, see `__getattr__`
     for plain, fused in ((backbone_class, classes.backbone), (causal_class, classes.causal_lm)):
-        if conversion := get_checkpoint_conversion_mapping(
-            plain.__name__
-        ):  # some families rename weights by class
+        # Some families rename weights by class.
+        if conversion := get_checkpoint_conversion_mapping(plain.__name__):
             register_checkpoint_conversion_mapping(fused.__name__, conversion, overwrite=True)
     AutoModel.register(classes.config, classes.backbone, exist_ok=True)
     AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)

@@ -107,9 +107,8 @@ def _one_line_errors(scheduler: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if isinstance(
-            error.__context__, DsskError
-        ):  # our own, which haven replaces by one without the reason
+        # haven replaces our own errors by one without the reason.
+        if isinstance(error.__context__, DsskError):
             raise error.__context__ from None
         if "toolkit is not supported" in str(error):
             raise DsskError(

@@ -101,9 +101,8 @@ def launch(jobs: "Jobs", args: RunArgs, num_ranks: int, kill: bool) -> None:
 
     A job that is queued or running is left alone unless `kill` is true.
     """
-    commands = {
-        id: command_of(args, id, num_ranks) for id in map(experiment_id, jobs.exp_list)
-    }  # checked first
+    # All commands are checked before the first job is submitted.
+    commands = {id: command_of(args, id, num_ranks) for id in map(experiment_id, jobs.exp_list)}
     states = job_states(jobs)
     for exp_dict in jobs.exp_list:
         exp_id, savedir = experiment_id(exp_dict), jobs.savedir(exp_dict)

@@ -118,9 +118,7 @@ class CrossAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         if mask is not None and "flash" in (implementation or ""):
-            implementation = (
-                "sdpa"  # flash kernels take no mask over keys apart from the queries' own padding
-            )
+            implementation = "sdpa"  # flash kernels take no mask over keys other than the queries' padding
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         attended, weights = attend(
             self,

@@ -33,9 +33,8 @@ class ReadingLayer(Mixed):
         if now is None or now.context is None or self.cross_attn_index is None:
             return super().__call__(*args, **kwargs)
         index, context = self.cross_attn_index, now.context
-        block = now.blocks[
-            index
-        ]  # looked up at each call, as other libraries replace modules; it checkpoints itself
+        # The block is looked up at each call, as other libraries replace modules; it checkpoints itself.
+        block = now.blocks[index]
 
         def read(hidden_states: torch.Tensor) -> torch.Tensor:
             # Positional: reentrant checkpointing tracks gradients of positional arguments alone.

@@ -62,17 +62,15 @@ def _heads(config: PretrainedConfig) -> int:
         return config.num_attention_heads
     if getattr(config, "multi_query", False):
         return 1
-    name = (
-        "num_kv_heads" if hasattr(config, "multi_query") else "num_key_value_heads"
-    )  # gpt_bigcode ignores the other
+    # gpt_bigcode may have both names, and ignores the second.
+    name = "num_kv_heads" if hasattr(config, "multi_query") else "num_key_value_heads"
     return getattr(config, name, None) or config.num_attention_heads
 
 
 def _values_per_layer(config: PretrainedConfig) -> int:
     """Values that one layer with attention holds for each token."""
-    if rank := getattr(
-        config, "kv_lora_rank", None
-    ):  # MLA: one latent for keys and values, and the rotary key
+    # MLA: one latent for keys and values, and the rotary key.
+    if rank := getattr(config, "kv_lora_rank", None):
         return rank + config.qk_rope_head_dim
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * _heads(config) * head_dim

@@ -43,9 +43,8 @@ def compare(wanted: Comparison) -> list[Row]:
     systems = Systems(wanted)
     sets = question_sets(systems)
     for questions in sets.values() if numbers else ():
-        systems.distractors(
-            questions
-        )  # refuses a source that the data do not have before anything is answered
+        # A source that the data do not have is refused before anything is answered.
+        systems.distractors(questions)
     scores = {
         (data, name): answer(systems, name, data, questions)
         for name in [*names, *HEURISTICS]

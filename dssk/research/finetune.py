@@ -50,17 +50,14 @@ class FineTuning:
     method: Literal["lora", "full"]
     base: str  # fingerprint
     data: str  # fingerprint of the training questions
-    loss_on: Literal[
-        "all", "answer"
-    ]  # question and answer, as the cross-attention learns them, or the answer alone
+    # Labels: question and answer, as for cross-attention, or the answer alone.
+    loss_on: Literal["all", "answer"]
     steps: int  # optimizer steps, at most
     batch_size: int  # prompts a step
     learning_rate: float  # at its peak, after a twentieth of the steps; then falling to 0
     lora_rank: int
     seed: int
-    questions_per_context: int = (
-        1  # prompts of a step that share their context, which is then read once for them
-    )
+    questions_per_context: int = 1  # prompts of a step that share their context, which is then read once
     minutes: float | None = None  # CPU minutes after which training ends, with the learning rate come down
 
 

@@ -1,4 +1,4 @@
-"""ByControl without any model: what a gain over guessing has to beat.
+"""Answers without any model: what a gain over guessing has to beat.
 
 An entity is a run of words that begin with a capital letter or a digit. HTML tags, which some data sets leave in
 their contexts, are no words.

@@ -1,4 +1,4 @@
-"""ByControl of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
+"""Answers of a model without cross-attention: the context stands in the prompt, read anew or from a stored KV cache.
 
 A prompt is `context: ... \n question: ... \n answer:`, or holds several contexts one behind the other. Of those the
 question's own stays, and the others in their order as long as the answer has room within the model's positions; a

@@ -61,9 +61,8 @@ def write_dataset_files(folder: Path, features: Features, hashes: dict[str, str]
     info = {"citation": "", "description": "", "features": features.to_dict(), "homepage": "", "license": ""}
     state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in hashes],
-        "_fingerprint": xxhash.xxh3_64_hexdigest(
-            json.dumps(hashes).encode()
-        ),  # names cached results of `map`
+        # `datasets` names cached results of `map` by it.
+        "_fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(hashes).encode()),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

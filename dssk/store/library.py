@@ -476,10 +476,9 @@ def _places(segments: Iterable[SegmentFile]) -> dict[str, Place]:
     numbered: list[tuple[int, str, Place]] = []
     for segment in segments:
         first = len(numbered)
-        rows = zip(
-            segment.column("number"), segment.column("id"), strict=True
-        )  # 0.1 had numbers in its libraries,
-        for row, (number, id) in enumerate(rows):  # and no ids in its stores
+        # Libraries of version 0.1 have numbers, its stores have no ids.
+        rows = zip(segment.column("number"), segment.column("id"), strict=True)
+        for row, (number, id) in enumerate(rows):
             place = Place(segment, row)
             numbered.append((first + row if number is None else number, id or str(first + row), place))
     numbered.sort(key=lambda entry: entry[0])

@@ -51,9 +51,8 @@ class CrossAttnTrainer(BudgetTrainer):
         self.budget = budget or CpuBudget()
         self.teacher = teacher
         self.evaluation_due = False  # a stop from outside came in or before an evaluation
-        self.seconds = dict.fromkeys(
-            ("training", "data", "evaluation", "saving"), 0.0
-        )  # of this process, by use
+        # Of this process, by use.
+        self.seconds = dict.fromkeys(("training", "data", "evaluation", "saving"), 0.0)
         self._tokens = 0  # of this rank, padding included, since the last log
         self._logged_seconds = 0.0
         lengths = text_lengths(self.train_dataset) if cfg.group_by_length else None
