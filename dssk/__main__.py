@@ -12,23 +12,23 @@ from dssk.utils.old_names import OLD_NAMES, OldNames
 VERBS = {
     "base": "make a small base model, or convert one",
     "calibrate": "choose the layer whose states a base reads best, without training",
-    "real": "the sets of questions that `make real` trains and scores on",
+    "real": "write the sets of questions that `make real` trains and scores on",
     "preproc": "encode the contexts of a data set, once",
     "train": "train the cross-attention blocks of an experiment",
     "evaluate": "score a checkpoint under controls",
-    "compare": "set a checkpoint beside prompting and fine-tuning",
+    "compare": "compare a checkpoint with prompting and fine-tuning",
     "report": "write a run as one HTML page",
     "answer": "answer questions from texts or a library",
-    "library": "keep contexts, encoded once, and find them",
-    "demo": "a page to try a model on",
+    "library": "store encoded contexts and search them",
+    "demo": "serve a page to try a model on",
     "restore": "write contexts as an ordinary KV cache",
     "export": "write the fused model of a checkpoint",
     "publish": "upload a model, with its card",
-    "inspect": "say what is in a store of encoded contexts",
+    "inspect": "describe a store of encoded contexts",
     "verify": "check every byte of a store",
-    "jobs": "the experiments of a folder, side by side",
+    "jobs": "compare the experiments of a folder",
     "wandb_key": "put the W&B key where jobs read it",
-    "env": "versions, devices, caches: what an issue report needs",
+    "env": "print versions, devices and caches for an issue report",
 }
 
 
@@ -66,6 +66,6 @@ if __name__ == "__main__":
     if __spec__ is not None:  # None where this is run as a file
         old = OLD_NAMES.get(__spec__.name)  # `python -m` by a name of version 0.1
         __spec__.name = "dssk.__main__"  # what processes that are spawned later look for
-    # They have found this file; modules of today have some of these names.
+    # The finder has done its work, and some of the old names are modules today.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OldNames)]
     sys.exit(main([old, *sys.argv[1:]] if old else None))

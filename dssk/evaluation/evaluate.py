@@ -1,7 +1,7 @@
 """Scoring a checkpoint on the questions of a data set.
 
-Each question is answered under several controls. A gain that comes from the context shows under `with_context` and
-not under the others. A run that was killed goes on where it stopped; `torchrun` shares the work among processes.
+Each question is answered under several controls: a gain that comes from the context shows under `with_context` only. An
+interrupted evaluation continues where it stopped; `torchrun` divides the work among processes.
 """
 
 import sys
@@ -40,7 +40,7 @@ from dssk.utils.ranks import Ranks, join
 
 
 class Trial(NamedTuple):
-    """How one question is put under one control, in row numbers."""
+    """One question under one control, by row numbers."""
 
     question: int  # whose question is asked; always scored against the row's own answers
     context: int | None  # whose context is attended to
@@ -126,7 +126,7 @@ class CrossAttentionSystem:
 def trials(
     control: str, questions: QuestionSet, distractors: Distractors | None = None
 ) -> Sequence[Trial | None]:
-    """The trial of each row under a control; None where a row cannot be put to it."""
+    """The trial of each row under a control; None where the control does not apply."""
     rows = range(len(questions))
     if distractors and control not in CONTROLS:
         read = by_number.drawn(control, questions, distractors)
@@ -191,7 +191,7 @@ def evaluate(
 
 
 def left_out(trials: dict[str, Sequence[Trial | None]]) -> list[str]:
-    """What to say of controls that some questions, or none, could be put to."""
+    """A line for each control that does not apply to some of the questions."""
     why = {
         "other_question": "their context has no second question",
         "wrong_context": "there is no other context",

@@ -1,4 +1,4 @@
-"""What transformers raises while it reads a model or a tokenizer, as one line."""
+"""Errors that transformers raises while it loads a model or a tokenizer, as one line."""
 
 import contextlib
 from collections.abc import Iterator

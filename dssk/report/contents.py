@@ -1,4 +1,4 @@
-"""What a report says: everything about a run that is measured, drawn and chosen for its page."""
+"""The contents of a report: measurements, figures and sample answers of a run."""
 
 import shlex
 import sys

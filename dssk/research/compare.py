@@ -1,10 +1,10 @@
-"""Comparing cached contexts with what one would do without them, on one base.
+"""Comparing cached contexts with prompting and fine-tuning on the same base.
 
 Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
 context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
 (`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two-shot prompts.
-Controls and two heuristics stand beside them, and, if numbers of contexts are named, questions that read several at a
-time. What is finished is kept: the same command goes on where it was stopped.
+The fused model is also scored under controls, two heuristics need no model, and if numbers of contexts are given,
+questions read several at a time. Finished results are kept: the same command continues where it was stopped.
 """
 
 import tempfile

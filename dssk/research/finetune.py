@@ -1,4 +1,4 @@
-"""Fine-tuning a base on prompts that hold their context: what one would do without cached contexts.
+"""Fine-tuning a base on prompts that hold their context, the alternative to cached contexts.
 
 transformers' Trainer on either all weights or LoRA's (peft); the result is kept in a folder and used again by a run
 with the same settings.

@@ -1,4 +1,4 @@
-"""Answers without any model: what a gain over guessing has to beat.
+"""Heuristic baselines, which answer without a model.
 
 An entity is a run of words that begin with a capital letter or a digit. HTML tags, which some data sets leave in
 their contexts, are no words.

@@ -94,7 +94,7 @@ def divide(squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA]) -> d
     """
     held_out, rest = hold_out(nq_swap, HELD_OUT)
     scored = Scored([*xquad, *held_out])
-    squad = [row for row in squad if not scored.tells(row)]
+    squad = [row for row in squad if not scored.leaked_by(row)]
     by_context: dict[str, list[QA]] = defaultdict(list)
     for row in squad:
         by_context[row.context].append(row)
@@ -158,25 +158,25 @@ def runs(text: str) -> set[str]:
 
 
 class Scored:
-    """Rows that are scored, and whether another row tells something of one of them."""
+    """Rows that are scored, and whether another row would leak something about one of them."""
 
     def __init__(self, rows: Iterable[QA]):
         rows = list(rows)
         self.questions = {_key(row) for row in rows}
         self.runs = {run for text in {row.context for row in rows} for run in runs(text)}
 
-    def tells(self, row: QA) -> bool:
-        """It has the same question, or a tenth of its paragraph: one phrase of a formula is no leak."""
+    def leaked_by(self, row: QA) -> bool:
+        """Whether a row has the question of a scored one, or more than a tenth of its runs of words."""
         found = runs(row.context)
         return _key(row) in self.questions or 10 * len(found & self.runs) > len(found)
 
 
 def check(sets: dict[str, list[QA]]) -> None:
-    """Raise `DsskError` if a row that is trained on tells something of one that is scored, or has its paragraph."""
+    """Raise `DsskError` if a training row leaks something about a scored one, or has the paragraph of one."""
     scored = Scored([*sets["xquad"], *sets["nq_swap"]])
     unseen = {row.context for name in SETS[1:] for row in sets[name]}
     for row in sets["train"]:
-        if row.context in unseen or scored.tells(row):
+        if row.context in unseen or scored.leaked_by(row):
             raise DsskError(f"the row {row.id} is trained on and its paragraph scored: {row.question[:80]!r}")
 
 

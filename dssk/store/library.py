@@ -281,7 +281,7 @@ class ContextLibrary:
                 segments, small = self._without_small()
                 pieces = self._pieces(ids, titles, texts, None if truncate else splitter)
                 tables = itertools.chain(self._tables(small), self._encoded(pieces, known, added))
-                self._publish([*segments, *map(self._write, _grouped(tables))])
+                self._commit([*segments, *map(self._write, _grouped(tables))])
         return added
 
     def _documents(self) -> set[str]:
@@ -322,7 +322,7 @@ class ContextLibrary:
                     segments.append(segment)
                 else:
                     segments += map(self._write, self._tables(kept))
-            self._publish(segments)
+            self._commit(segments)
 
     def _passages(self) -> dict[str, list[Place]]:
         """The passages of each text that is kept as such, by its id."""
@@ -426,8 +426,8 @@ class ContextLibrary:
         info = write_table(self.path / name, table.schema, table.combine_chunks().to_batches())
         return Segment(name=name, rows=len(table), **info.model_dump())
 
-    def _publish(self, segments: list[Segment]) -> None:
-        """Let exactly these segments count, and remove the others; who has them mapped can read on."""
+    def _commit(self, segments: list[Segment]) -> None:
+        """Make these segments the library's, and remove the others; readers that have them mapped can go on."""
         infos: dict[str, FileInfo] = {}
         for segment in segments:
             infos |= self._index_files(segment) or self._write_index(segment)

@@ -1,4 +1,4 @@
-"""What a store says of itself in `manifest.json`, which is written last: a folder without it is unfinished.
+"""The manifest of a store, `manifest.json`. It is written last: a folder without it is unfinished.
 
     manifest.json       the model that encoded, and every other file with its size and checksum
     contexts/           segments: each context once, with its encoder states
@@ -37,7 +37,7 @@ class Strict(BaseModel):
 
 
 class Checked(Strict):
-    """The content of a JSON file in which every changed byte is found."""
+    """The content of a JSON file with its own checksum: any changed byte is detected."""
 
     checksum: str = Field(default="", description="xxh3_128 of this file without this entry")
 

@@ -144,7 +144,7 @@ class SegmentFile:
         return [default] * len(self.table)
 
     def rows_as(self, schema: pa.Schema) -> pa.Table:
-        """All rows with the columns of a schema; those of a whole text where an older file does not say its place."""
+        """All rows with the columns of a schema. Files of version 0.1 have no positions: all are whole texts."""
         table = self.table
         blank = {"document": pa.array([""] * len(table)), "start": pa.array(np.zeros(len(table), np.int64))}
         for name, column in blank.items():

@@ -1,4 +1,4 @@
-"""What happens beside training: the metrics file and what one sees of the progress."""
+"""Callbacks of training: the metrics file, fused checkpoints and progress on the terminal."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """The state of a training run as plain tensors and JSON: the same files whichever engine trains.
 
-Under DDP every rank holds all of it, under ZeRO and FSDP a piece. It is gathered to full tensors by name, so a
-checkpoint never depends on how weights and moments were laid out:
+Under DDP every rank holds all of it, under ZeRO and FSDP a shard. It is gathered to full tensors by name, so a
+checkpoint does not depend on how weights and moments were sharded:
 
     model.safetensors       the cross-attention weights, in the precision they are trained in
     optimizer.safetensors   `<state>.<parameter>`, such as exp_avg.transformer.cross_attn.0.mlp.c_fc.weight

@@ -1,4 +1,4 @@
-"""What commands show: progress bars where someone watches, our own lines, and little of the libraries'."""
+"""Terminal output of commands: progress bars on a terminal only, and little from libraries."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet_libraries() -> None:
-    """No bars of loading weights among our own lines, no notice of things that we decide ourselves.
+    """Turn off libraries' progress bars of loading weights, and notices about settings that are chosen here.
 
     Tokenizers stay in one thread: they run in data-loading processes, which are parallel already.
     """
@@ -18,5 +18,5 @@ def quiet_libraries() -> None:
 
 
 def watched() -> bool:
-    """Whether someone sees progress bars."""
+    """Whether standard error is a terminal, on which progress bars are shown."""
     return sys.stderr.isatty()

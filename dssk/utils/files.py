@@ -135,7 +135,7 @@ def remove_temps(folder: Path) -> None:
 
 
 def is_plain(name: object) -> bool:
-    """Whether a name that was read from a file is relative and goes down alone."""
+    """Whether a name that was read from a file is a relative path of plain names, without `.` and `..`."""
     parts = name.split("/") if isinstance(name, str) else [""]
     return all(_PLAIN.fullmatch(part) and part not in (".", "..") for part in parts)
 

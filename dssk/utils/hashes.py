@@ -1,4 +1,4 @@
-"""What reading a whole file costs is paid once: its checksum is kept in the user's cache.
+"""Checksums of files, cached for the user: an unchanged file is read only once.
 
 The key is the file's path, device, inode, size and times. The cache is a log of lines that are only appended, so that
 processes need no lock and a torn line harms nothing; where it cannot be written, files are read again.
@@ -38,7 +38,7 @@ def xxh3_128(path: Path, progress: Callable[[int], object] = lambda num_bytes: N
 
 
 def cached(kind: str, path: Path, compute: Callable[[], str]) -> str:
-    """What `compute` says of the content of `path`: from the cache if it was asked before and the file is the same."""
+    """The result of `compute` for the content of `path`, from the cache if the file is unchanged since."""
     key = _key(kind, path)
     if key not in _known:
         _read_log()

@@ -1,4 +1,4 @@
-"""The modules that version 0.1 ran by `python -m`, and the commands that they have become."""
+"""Modules that version 0.1 ran with `python -m`, and the commands that have replaced them."""
 
 import importlib.util
 from importlib.abc import MetaPathFinder

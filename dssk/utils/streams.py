@@ -1,6 +1,6 @@
-"""Texts of people as they come: plain, gzip or zstd, with or without a byte-order mark, never read as a whole.
+"""Text files as users have them: plain, gzip or zstd, with or without a byte-order mark, read as streams.
 
-Bombs are harmless: only a piece is unpacked at a time, and no line is longer than a limit.
+Decompression bombs are harmless: only a piece is decompressed at a time, and no line may exceed a limit.
 """
 
 import io
