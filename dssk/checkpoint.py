@@ -152,6 +152,11 @@ def write_checkpoint(folder: Path, facts: dict[str, Any], num_bytes: int) -> Ite
         raise
 
 
+def checkpoint_folder(savedir: Path, step: int) -> Path:
+    """The folder of the checkpoint of an optimizer step."""
+    return savedir / f"checkpoint-{step}"
+
+
 def checkpoint_step(folder: Path) -> int:
     """The optimizer step in a checkpoint folder's name, -1 for any other folder."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dssk.checkpoint import FINAL, checkpoint_folders, load_manifest
+from dssk.checkpoint import FINAL, checkpoint_folder, checkpoint_folders, load_manifest
 from dssk.config import experiment_id
 from dssk.errors import DamagedData, DsskError
 from dssk.utils.files import machine_faults, write_json
@@ -164,7 +164,7 @@ def scores_of(model: Path) -> dict[str, Any]:
     final one.
     """
     savedir, step = model.parent, model_step(model)
-    others = () if step is None else (savedir, savedir / f"checkpoint-{step}", savedir / FINAL)
+    others = () if step is None else (savedir, checkpoint_folder(savedir, step), savedir / FINAL)
     for folder in (model, *others):
         implied = model_step(savedir / FINAL if folder == savedir else folder)
         if (scores := read_scores(folder)) and scores.get("step", implied) == step:

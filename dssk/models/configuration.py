@@ -19,19 +19,10 @@ CHOICES = {
 
 # What `BASE` needs to know of a family and its configuration does not say; a test compares it with the models.
 _RMS_NORM_ANYWAY = {"lfm2", "mamba"}  # their epsilon has another name than `rms_norm_eps`
-_PLAIN_MLP = {
-    "bloom",
-    "codegen",
-    "falcon",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "gpt_neox",
-    "gptj",
-    "mamba",
-    "mpt",
-}
-_PLAIN_MLP |= {"nemotron", "opt", "persimmon", "phi", "starcoder2"}
+_PLAIN_MLP = (
+    "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mpt nemotron opt persimmon phi "
+    "starcoder2"
+)
 _NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -109,7 +100,7 @@ class CrossAttnConfig(_Base):
         if self.cross_attn_norm == BASE:
             self.cross_attn_norm = base_norm(config)
         if self.cross_attn_mlp == BASE:
-            self.cross_attn_mlp = "plain" if config.model_type in _PLAIN_MLP else "gated"
+            self.cross_attn_mlp = "plain" if config.model_type in _PLAIN_MLP.split() else "gated"
         if self.decoder_lora is not None:
             self.decoder_lora = _checked_lora(**self.decoder_lora)
         self._check_layout()

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from dssk.checkpoint import checkpoint_folder
 from dssk.errors import DsskError
 from dssk.run_folder import METRICS, split_metrics
 from dssk.training.budget import CpuBudget
@@ -56,7 +57,7 @@ class FuseEvery(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+        checkpoint = str(checkpoint_folder(Path(args.output_dir), state.global_step))
         command = [sys.executable, "-m", "dssk", "export", "--checkpoint", checkpoint]
         command += ["--output", f"{checkpoint}/fused"]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

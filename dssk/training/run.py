@@ -19,7 +19,14 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from dssk.checkpoint import BEST, FINAL, checkpoint_step, latest_checkpoint, verify_checkpoint
+from dssk.checkpoint import (
+    BEST,
+    FINAL,
+    checkpoint_folder,
+    checkpoint_step,
+    latest_checkpoint,
+    verify_checkpoint,
+)
 from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset, check_context_ids
@@ -309,7 +316,7 @@ def save_fused(savedir: Path, run: RunArgs, ranks: Ranks) -> None:
         if "final" in wanted:
             fuse(last, savedir / FINAL)
         if "best" in wanted and best:
-            fuse(savedir / f"checkpoint-{best}", savedir / BEST)
+            fuse(checkpoint_folder(savedir, best), savedir / BEST)
         made = [name for name in (FINAL, BEST) if (savedir / name).is_dir()]
         say(f"{savedir} ({', '.join([last.name, *made])})")
         if run.push_to_hub:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dssk.checkpoint import rotate, write_checkpoint
+from dssk.checkpoint import checkpoint_folder, rotate, write_checkpoint
 from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
 from dssk.training import state
@@ -195,7 +195,7 @@ class CrossAttnTrainer(BudgetTrainer):
         savedir = Path(self.args.output_dir)
         best = self._note_best(savedir)
         num_bytes = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()])
-        folder = savedir / f"checkpoint-{self.state.global_step}"
+        folder = checkpoint_folder(savedir, self.state.global_step)
         with write_checkpoint(folder, self._facts(), num_bytes) as write:
             write.model(self.unwrapped_model, self.processing_class, weights)
             write.tensors(state.OPTIMIZER_FILE, moments)
@@ -208,7 +208,7 @@ class CrossAttnTrainer(BudgetTrainer):
         best = best_evaluation(self.state.log_history)
         if best is None:
             return None
-        folder = savedir / f"checkpoint-{best['step']}"
+        folder = checkpoint_folder(savedir, best["step"])
         self.state.best_global_step = best["step"]
         self.state.best_metric = best.get("eval_f1", best["eval_loss"])
         self.state.best_model_checkpoint = str(folder)
