@@ -52,7 +52,7 @@ def dispatch(words: list[str]) -> int | None:
 
 
 def usage() -> str:
-    """What `dssk --help` says."""
+    """The text of `dssk --help`."""
     verbs = "\n".join(f"  {verb:12}{line}" for verb, line in VERBS.items())
     return (
         "usage: dssk COMMAND [flags]\n\nCached context for frozen decoders.\n\n"

@@ -102,7 +102,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Its manifest, after reading every file of it. Raises `DamagedData` that names the first one not as written."""
+    """The manifest of a folder whose files were all read. Raises `DamagedData` for the first that was altered."""
     manifest = load_manifest(folder)
     for name, entry in manifest["files"].items():
         file = folder / name

@@ -247,7 +247,7 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
 
 
 def faults(error: ValidationError, known: Iterable[str]) -> str:
-    """What is wrong with the keys of a configuration, on one line; `known` are its keys."""
+    """The faults of a configuration, on one line; `known` are its valid keys."""
     found = error.errors(include_url=False)
     more = [f"and {len(found) - MAX_FAULTS} more"] if len(found) > MAX_FAULTS else []
     return "; ".join([*(_fault(fault, known) for fault in found[:MAX_FAULTS]), *more])

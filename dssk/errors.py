@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit code that says so to a scheduler.
+"""Errors that a user can cause or mend, and their exit codes for schedulers.
 
 Every error a user can cause or mend is a `DsskError`: `exit_code_of` prints it as one line and exits with its code.
 Anything else is our own bug and keeps its traceback (exit code 1).

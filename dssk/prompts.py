@@ -24,7 +24,7 @@ def further_context(text: str) -> str:
 
 
 def question(text: str) -> str:
-    """What the decoder reads before it answers."""
+    """The decoder's prompt."""
     return f"question: {text} \n answer:"
 
 

@@ -116,7 +116,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def read_status(savedir: Path) -> dict[str, Any]:
-    """How training last said that it stands; empty before its start, and for a file that is no status."""
+    """The last status that training wrote; empty before its start, and for a damaged file."""
     return _read_or_empty(savedir / STATUS)
 
 
@@ -191,7 +191,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def read_job(savedir: Path) -> dict[str, Any]:
-    """What haven stored about the run's job: id, command, scheduler; empty before its first submission."""
+    """haven's record of the run's job: id, command, scheduler; empty before its first submission."""
     return _read_if_there(savedir / JOB_DICT)
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """What the flags ask for."""
+    """Run `dssk calibrate`."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
     from dssk.inference.calibrate import calibrated, divided, first_tokens, scan
@@ -140,7 +140,7 @@ def say(score: "LayerScore") -> None:
 
 
 def summary(found: "Scan", output: Path) -> str:
-    """What was found, in one paragraph."""
+    """The result, in one paragraph."""
     layers = " and ".join(map(str, found.best.layers))
     gained = (found.unread_nll - found.best.nll) / max(found.unread_nll - found.prompted_nll, 1e-6)
     return (

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def to_request(args: argparse.Namespace) -> "Request":
-    """What the flags ask for; `toy` is a data set that is made on the spot."""
+    """The request that the flags describe; `toy` is a data set that is generated."""
     from dssk.data.preprocess import Request
     from dssk.research import toy
 

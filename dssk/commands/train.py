@@ -336,7 +336,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunArgs:
 
 
 def run_args(parser: Parser, namespace: argparse.Namespace) -> RunArgs:
-    """What the flags say of a run, checked against each other."""
+    """The flags of a run, checked against each other."""
     if (namespace.exp_group is None) == (namespace.exp_id is None):
         parser.error("want one of --exp_group and --exp_id")
     if bool(namespace.wandb_entity_name) != bool(namespace.wandb_project_name):

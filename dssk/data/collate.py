@@ -69,6 +69,6 @@ class Collator:
 
 
 def _context(example: dict[str, Any]) -> tuple[str, int]:
-    """What tells contexts apart: their texts, and how much of them is read."""
+    """The identity of an example's context: its text, and how much of it is read."""
     read = example.get("encoder_hidden_states", example.get("context_input_ids"))
     return example["context"], len(read)  # type: ignore[arg-type]

@@ -196,6 +196,6 @@ class CrossAttnDataset(torch.utils.data.Dataset):
 
 
 def kinds_of_rows(cfg: ExperimentConfig) -> list[str]:
-    """What is trained on, in the order in which the rows are walked."""
+    """The kinds of training rows, in their order within an epoch."""
     asked: list[str] = ["questions", "documents"] if cfg.train_on == "both" else [cfg.train_on]
     return [*asked, "contexts"] if cfg.include_context_ids else asked

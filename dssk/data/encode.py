@@ -45,7 +45,7 @@ _SHARD = re.compile(r"data-\d{5,}-of-\d{5,}\.(arrow|json)")
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know; travels to it as a pickle."""
+    """A worker's task, which is sent to it as a pickle."""
 
     folder: Path
     plan: Plan
@@ -160,7 +160,7 @@ def _encode_in_processes(
 
 
 class _Board:
-    """What workers write down for their parent, each in a place of its own: memory that no lock guards."""
+    """Progress of the workers in shared memory without a lock: each writes to a place of its own."""
 
     def __init__(self, context: SpawnContext, num_proc: int):
         self.pids, self.shards, self.tokens = (context.Array("q", num_proc, lock=False) for _ in range(3))

@@ -64,7 +64,7 @@ _CONTEXT_SCHEMA = pa.schema(
 
 
 class PlannedShard(Strict):
-    """What a shard will hold; `key` as in `ShardInfo`."""
+    """The contents of a shard that is still to be encoded; `key` as in `ShardInfo`."""
 
     key: str
     first_row: int
@@ -291,10 +291,10 @@ class Passages:
 
 
 def answering(passages: list[Passage], row: dict) -> int:
-    """Which passage answers a row's question.
+    """The index of the passage that answers a row's question.
 
-    It overlaps the part of the context that does, holds a right answer if one does, and then shares most words with
-    the question.
+    Of the passages that overlap the answering part of the context, those that hold a right answer come first, then
+    the one that shares most words with the question.
     """
     low, high = row["start"], len(row["context"]) if row["end"] is None else row["end"]
     inside = [i for i, passage in enumerate(passages) if passage.start < high and passage.end > low]

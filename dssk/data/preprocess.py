@@ -34,7 +34,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `dssk preproc` is asked for; its flags say what each means and what is taken if none is given."""
+    """The flags of `dssk preproc`, where their meanings and defaults are said."""
 
     embedding_model: str
     revision: str | None
@@ -79,7 +79,7 @@ class Request:
         )
 
     def splitter(self) -> Splitter | None:
-        """How long contexts become passages; None to cut them off."""
+        """The splitter of long contexts; None to cut them off."""
         if self.truncate:
             if self.passage_tokens or self.overlap or self.repeat_title or self.whole_pages:
                 raise DsskError(
@@ -95,7 +95,7 @@ class Request:
         return Splitter(tokens, self.overlap, self.repeat_title)
 
     def passages(self) -> dict[str, str | int | float | None]:
-        """What decides the passages, for comparing two runs; nothing where contexts are cut off, as in 0.1."""
+        """The settings of passages, for comparing two runs; empty where contexts are cut off, as in 0.1."""
         splitter = self.splitter()
         if splitter is None:
             return {}
@@ -104,7 +104,7 @@ class Request:
         return {PASSAGES: ", ".join(parts)}
 
     def folder(self) -> Path:
-        """Where the store goes: it has the name of the model."""
+        """The folder of the store, which has the name of the model."""
         model = self.embedding_model
         name = os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model.rpartition("/")[2]
         if name in ("", ".", ".."):

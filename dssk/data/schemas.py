@@ -137,7 +137,7 @@ class _Span(NamedTuple):
 
 
 class _Annotation(NamedTuple):
-    """What one annotator of Natural Questions marked."""
+    """The annotation of one annotator of Natural Questions."""
 
     long_answer: _Span
     short_answers: list[_Span]

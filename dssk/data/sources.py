@@ -58,7 +58,7 @@ class Source:
             )
 
     def describe(self) -> dict[str, str | int | float | None]:
-        """What decides the rows, for comparing two runs. Asks nothing of the Hub."""
+        """The settings that decide the rows, for comparing two runs. Makes no request to the Hub."""
         described = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "makers"}
         if self.dataset not in self.makers:
             del described["seed"]
@@ -155,7 +155,7 @@ def _folder_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _fingerprint(found: dict[str, list[str]]) -> str:
-    """What tells the contents of these files from others."""
+    """A fingerprint of the contents of these files."""
     digest = xxhash.xxh3_128()
     for path in (path for paths in found.values() for path in paths):
         try:

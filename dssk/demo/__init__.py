@@ -1,1 +1,1 @@
-"""Where people ask a model: the demo page, and the prompt of `dssk answer`."""
+"""Asking a model: the demo page, and `dssk answer`."""

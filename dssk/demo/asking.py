@@ -42,7 +42,7 @@ def ask(
     overlap: int = 0,
     truncate: bool = False,
 ) -> None:
-    """What `dssk answer` does; the arguments are its flags."""
+    """Run `dssk answer`; the arguments are its flags."""
     stems = Counter(Path(path).stem for path in context or [])
     texts = {
         path if stems[Path(path).stem] > 1 else Path(path).stem: read_text(path) for path in context or []

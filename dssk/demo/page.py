@@ -215,7 +215,7 @@ def describe(context: Encoded, model: FusedModel) -> str:
 
 
 def seconds_table(answered: Answered) -> str:
-    """What the answer took, in Markdown."""
+    """The latency of an answer, in Markdown."""
     first, last = answered.first_token_seconds, answered.seconds
     lines = [
         "| seconds | first token | answer |",
@@ -278,7 +278,7 @@ def launch(page: Any, host: str, port: int, block: bool = True) -> str:
 
 
 def serve(checkpoint: str, host: str, port: int) -> None:
-    """What `dssk demo` does; the arguments are its flags."""
+    """Run `dssk demo`; the arguments are its flags."""
     if not 1 <= port <= 65535:
         raise DsskError(f"--port is {port}, want 1 to 65535")
     import_gradio()

@@ -52,7 +52,7 @@ def find_words(text: str, words: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How often the best head looked at the answer: one head for all questions, chosen on other questions."""
+    """How often the best head attended to the answer: one head for all questions, chosen on other questions."""
 
     layer: int  # decoder layer of its block
     block: int  # counted from the lowest, as `Attention.weights` is

@@ -206,7 +206,7 @@ def left_out(trials: dict[str, Sequence[Trial | None]]) -> list[str]:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """What tells the weights in a folder from others; large files are not read whole."""
+    """A fingerprint of the weights in a folder; large files are sampled."""
     names = sorted(
         path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
     )
@@ -244,7 +244,7 @@ def evaluate_checkpoint(
     num_contexts: str | None = None,
     distractors: str = "random",
 ) -> None:
-    """What `dssk evaluate` does, as one process or as a rank of torchrun's; the arguments are its flags.
+    """Run `dssk evaluate`, as one process or as a rank of torchrun's; the arguments are its flags.
 
     The questions are those of the store `data_path`, or of the raw data `dataset`, which may be a name of `makers`.
     """

@@ -120,7 +120,7 @@ def _prediction(questions: QuestionSet, row: int, answers: ByControl) -> Predict
 
 
 def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
-    """What earlier runs finished, gathered in the first rank's file; the files of other ranks are gone then."""
+    """The predictions of earlier runs, collected in the first rank's file; removes the files of other ranks."""
     files.make_folder(path.parent)
     done = _read(path, settings)
     lines = [{"settings": settings}, *({"row": row, **prediction} for row, prediction in done.items())]

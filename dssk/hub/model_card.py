@@ -14,7 +14,7 @@ from dssk.utils.files import size
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from. What lies on this machine is known by the last part of its name only."""
+    """The origin of a model. Of paths on this machine only the last part is shown."""
 
     base: str
     base_repository: str | None = None  # on the Hub

@@ -82,7 +82,7 @@ def prepare(
 def find_origin(
     checkpoint: str | Path, manifest: dict[str, Any], base: str | None, data_path: str | Path | None
 ) -> Origin:
-    """What is known of a checkpoint: from its manifest, and from the files of its run beside it."""
+    """The origin of a checkpoint: from its manifest, and from the files of its run beside it."""
     folder = find_model(checkpoint)
     data: dict[str, Any] = {}
     if data_path:
@@ -105,7 +105,7 @@ def find_origin(
 
 
 def _measured_at(savedir: Path, step: int | None) -> dict[str, Any]:
-    """What was measured at `step`, while training."""
+    """Metrics of the evaluation at `step` during training."""
     rows = [row for row in read_metrics(savedir) if row["step"] == step and "eval_em" in row]
     return rows[-1] if rows else {}
 

@@ -28,7 +28,7 @@ States = list[torch.Tensor]  # of the contexts of one question
 
 
 class Answers:
-    """What a fused model can do beyond transformers: answer questions from contexts."""
+    """Mixed into fused models: the method `answer`."""
 
     def answer(
         self,
@@ -97,7 +97,7 @@ def answer(
     truncate: bool = False,
     **generate: Any,
 ) -> Any:
-    """What `Answers.answer` says."""
+    """See `Answers.answer`."""
     how = {"return_sources": return_sources, "truncate": truncate}
     if isinstance(questions, str):
         one = contexts if isinstance(contexts, Projected) else [contexts]

@@ -1,4 +1,4 @@
-"""What an answer attended to: weights from its tokens to the tokens of its contexts.
+"""The attention of an answer: weights from its tokens to the tokens of its contexts.
 
 The answer, as a rule the model's own, is read teacher-forced: the weights at the position that predicts an answer's
 token are those that token was chosen by. Shapes: N blocks, H heads, A answer tokens, S tokens of all contexts.
@@ -45,7 +45,7 @@ def attend(
     answer: str,
     states: torch.Tensor | Sequence[torch.Tensor],
 ) -> Attention:
-    """What the heads attended to in `states` (S, d), one encoded context, for each token of `answer`.
+    """The attention weights of every head on `states` (S, d), one encoded context, for each token of `answer`.
 
     Several contexts, which are read together, are one behind the other in the weights. With a merged reader these are
     the base's own heads, and the weights their shares among the contexts' tokens.
@@ -103,7 +103,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 
 def borders(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """Where in a text the piece of each of its tokens starts and ends, without gaps."""
+    """The start and end of each token's piece of a text, in characters and without gaps."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     starts = np.maximum.accumulate([0, *(start for start, _ in offsets[1:]), len(text)]).tolist()
     return list(zip(starts, starts[1:], strict=False))[: len(offsets)]

@@ -93,7 +93,7 @@ def checked_model_type(config: PreTrainedConfig, name: str | os.PathLike) -> str
 
 
 class DsskConfig(PreTrainedConfig):
-    """What `AutoConfig` finds for a fused model; loading gives the configuration of its family."""
+    """Registered with `AutoConfig` for fused models; loading returns the configuration of the family."""
 
     model_type = MODEL_TYPE
 

@@ -57,7 +57,7 @@ def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
 def pack_states(
     states: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor]:
-    """What `project_context` takes of encodings (S_i, d), of which rows read several, each there once, without padding.
+    """The arguments of `project_context` for packed encodings (S_i, d), of which each row reads several.
 
     That is the states (1, N, d), no mask, their lengths, and `groups` as a tensor: the numbers of each row's contexts.
     """

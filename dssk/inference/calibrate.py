@@ -39,7 +39,7 @@ Layers = tuple[int, ...]  # whose states are stored, one behind the other
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How well the states of one layer, or of two, are read with maps in closed form."""
+    """The score of the states of one layer, or of two, with maps in closed form."""
 
     layers: Layers
     nll: float  # of held-out continuations, nats a token
@@ -48,7 +48,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class Scan:
-    """What `scan` found."""
+    """The result of `scan`."""
 
     scores: list[LayerScore]
     prompted_nll: float  # of the same continuations when the base reads the text itself
@@ -58,7 +58,7 @@ class Scan:
     reader: MergedReader  # with the maps of the best
 
     def to_dict(self) -> dict[str, Any]:
-        """What is worth keeping, as JSON."""
+        """The scores, as JSON."""
         names = ("prompted_nll", "unread_nll", "tokens")
         return {
             "recommended": list(self.best.layers),
@@ -128,7 +128,7 @@ def fit_reader(
 
 
 def first_tokens(texts: Iterable[Tokens], count: int) -> list[Tokens]:
-    """As many of the texts as hold `count` tokens."""
+    """The first texts that have `count` tokens together, the last one cut."""
     taken: list[Tokens] = []
     for text in texts:
         if count <= 0:

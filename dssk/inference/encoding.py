@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     first_row: int | None = None  # number of the first in its data set, for messages
 
     def name(self, row: int) -> str:
-        """What to call a context in a message."""
+        """The name of a context in messages."""
         number = "the context" if self.first_row is None else f"context {self.first_row + row}"
         return f"{number} ({self.texts[row][:40]!r})"
 

@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
 
 
 def model_fingerprint(path: str | Path, config: PreTrainedConfig, revision: str | None = None) -> str:
-    """What tells the base at `path`, or within it, from every other one. Loads no weights."""
+    """The fingerprint of the base model at `path`, or of the base in a fused model there. Loads no weights."""
     tied = bool(getattr(config, "tie_word_embeddings", False))
     # a sum, as the order of tensors and their division into files do not matter
     total = sum(int(_file_digest(file, tied), 16) for file in _weight_files(path, revision)) % (1 << 128)
@@ -66,7 +66,7 @@ def is_model(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells a tokenizer from every other one, as 32 hex digits: all that decides the ids of a text."""
+    """The fingerprint of a tokenizer, 32 hex digits: it covers all that decides the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = sorted(tokenizer.get_vocab().items())
@@ -78,7 +78,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """What tells a data file from an altered one, as 32 hex digits: blocks spread evenly over one above 16 MiB."""
+    """The fingerprint of a data file, 32 hex digits; of one above 16 MiB it covers evenly spread blocks."""
     num_bytes = path.stat().st_size
     digest = xxhash.xxh3_128(str(num_bytes).encode())
     with open(path, "rb") as file:

@@ -88,16 +88,16 @@ def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) 
 
 
 def tokenize_further_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What a second context, and any after it, adds to a prompt that holds several."""
+    """The tokens of every context after the first in a prompt that holds several."""
     return tokenize(tokenizer, prompts.further_context(text))
 
 
 def tokenize_question(
     tokenizer: PreTrainedTokenizerBase, text: str, reader: str = "cross_attention"
 ) -> list[int]:
-    """What the decoder reads before it answers.
+    """The decoder's prompt for a question.
 
-    A merged reader's context stands before it in the same cache: it goes on from there as a prompt does.
+    With a merged reader the context precedes it in the same cache, so it is the continuation of a prompt.
     """
     if reader == "merged":
         return tokenize_question_after_context(tokenizer, text)
@@ -105,10 +105,10 @@ def tokenize_question(
 
 
 def tokenize_question_after_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What follows `tokenize_context` where a prompt holds its context; no special token comes between them."""
+    """The continuation of `tokenize_context` in a prompt that holds its context; no special token between them."""
     return tokenize(tokenizer, prompts.question_after_context(text))
 
 
 def tokenize_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """What the decoder then writes: the answer and the end of text."""
+    """The decoder's target: the answer and the end-of-text token."""
     return [*tokenize(tokenizer, prompts.answer(text)), tokenizer.eos_token_id]

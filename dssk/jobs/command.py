@@ -23,7 +23,7 @@ NOT_SENT = {
 
 
 def job_command(args: RunArgs, exp_id: str, num_ranks: int, key_file: Path) -> str:
-    """What bash runs in the copy of the code to train the experiment `exp_id`.
+    """The bash command that trains the experiment `exp_id` in a copy of the code.
 
     `--python_binary` is a piece of bash by its nature, so it stands as it is; every other value is quoted.
     """

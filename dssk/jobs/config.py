@@ -20,7 +20,7 @@ class _Checked(BaseModel):
 
 
 class ToolkitResources(_Checked):
-    """What one toolkit job gets; a key that is None is left to the toolkit."""
+    """Resources of one toolkit job; a key that is None is left to the toolkit."""
 
     gpu: int = Field(ge=0, description="GPUs; they replace NGPUS in --python_binary")
     cpu: float | None = Field(None, gt=0, description="cores")
@@ -30,7 +30,7 @@ class ToolkitResources(_Checked):
 
 
 class JobConfig(_Checked):
-    """What both schedulers need to know."""
+    """Settings that both schedulers have."""
 
     num_processes: int | None = Field(
         None, ge=1, description="ranks on a node, which replace NGPUS; None: its GPUs, or 1 without any"
@@ -43,7 +43,7 @@ class JobConfig(_Checked):
 
     @property
     def num_ranks(self) -> int:
-        """What replaces NGPUS in `--python_binary`."""
+        """The number that replaces NGPUS in `--python_binary`."""
         return self.num_processes or max(1, self.num_gpus)
 
 

@@ -43,7 +43,7 @@ class Jobs(haven_jobs.JobManager):
         self.scheduler = scheduler
 
     def job_of(self, exp_dict: dict) -> dict[str, Any]:
-        """What haven stored about the job of an experiment; empty before its first submission."""
+        """haven's record of the job of an experiment; empty before its first submission."""
         return read_job(self.savedir(exp_dict))
 
     def savedir(self, exp_dict: dict) -> Path:

@@ -102,7 +102,7 @@ def get_jobs(api: None, account_id: str | None) -> list[dict[str, Any]]:
 
 
 def get_jobs_dict(api: None, job_id_list: list[str]) -> dict[str, dict[str, Any]]:
-    """What is known of each job: from `squeue`, of ended ones from `sacct` where there is accounting."""
+    """The state of each job, from `squeue`; of ended ones from `sacct`, where there is accounting."""
     known = {job["job_id"]: job["state"] for job in get_jobs(None, None)} if job_id_list else {}
     ended = [job_id for job_id in job_id_list if job_id not in known]
     known |= _accounting(ended)
@@ -110,7 +110,7 @@ def get_jobs_dict(api: None, job_id_list: list[str]) -> dict[str, dict[str, Any]
 
 
 def get_job(api: None, job_id: str) -> dict[str, Any]:
-    """What is known of one job."""
+    """The state of one job."""
     return get_jobs_dict(None, [job_id])[job_id] | {"job_id": job_id}
 
 
@@ -129,7 +129,7 @@ def kill_job(api: None, job_id: str) -> None:
 
 
 def ended_state(savedir: Path, job_id: str) -> str | None:
-    """How a job says that it ended (`<job id> <exit code>`), where there is no accounting; None if it said nothing."""
+    """The final state of a job by the file that it wrote at its end (`<job id> <exit code>`); None without one."""
     try:
         last_id, code = (savedir / JOB_ENDED).read_text().split()
     except (OSError, ValueError):

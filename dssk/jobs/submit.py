@@ -117,7 +117,7 @@ def launch(jobs: "Jobs", args: RunArgs, num_ranks: int, kill: bool) -> None:
 
 
 def command_of(args: RunArgs, exp_id: str, num_ranks: int) -> str:
-    """What the scheduler gets to run for an experiment."""
+    """The command of an experiment's job, as the scheduler gets it."""
     command = job_command(args, exp_id, num_ranks, Path.cwd() / KEY_FILE)
     if args.job_scheduler == "toolkit":
         return with_logs_and_signals(command, Path(args.savedir_base) / exp_id)

@@ -48,7 +48,7 @@ def find_experiments(savedir_base: Path) -> dict[Path, dict[str, Any]]:
 def row_of(
     savedir: Path, exp_dict: dict[str, Any], experiments: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What differs in this experiment, and how far it got."""
+    """The row of an experiment: the keys in which experiments differ, its state and its scores."""
     scores = newest_scores(savedir).get("with_context")
     scores = scores if isinstance(scores, dict) else {}
     return {

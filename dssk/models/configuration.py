@@ -250,7 +250,7 @@ def base_norm(config: PreTrainedConfig) -> str:
 
 
 def norm_eps(config: PreTrainedConfig) -> float:
-    """What the base's norms add to a variance."""
+    """The epsilon of the base's norms."""
     return first_of(config, _NORM_EPS, 1e-5)
 
 

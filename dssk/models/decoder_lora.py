@@ -21,7 +21,7 @@ from dssk.models.reading import reading
 
 
 class Adapter(nn.Module):
-    """What is added to a linear layer's output: (..., inputs) -> (..., outputs), zero before training."""
+    """A low-rank addition to a linear layer's output: (..., inputs) -> (..., outputs), zero before training."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scaling: float):
         super().__init__()

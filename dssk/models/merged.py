@@ -243,7 +243,7 @@ class MergedReader(nn.Module):
         hidden: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> MergedContext:
-        """What a decoder reads of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
+        """Keys and values of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
 
         Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but are not attended.
         With `positions` (C, S) all tokens are visible and stand where these say.

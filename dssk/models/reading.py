@@ -10,7 +10,7 @@ from dssk.models.layers import CallVariable, Mixed
 
 
 class Reading(NamedTuple):
-    """What a fused model reads during a call."""
+    """The reader, context and adapters of a fused model during a call."""
 
     blocks: nn.ModuleList  # whose model it is: another one that is called meanwhile reads something else
     context: Any  # the `ProjectedContext` that blocks attend to; None if it is in the cache

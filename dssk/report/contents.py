@@ -91,7 +91,7 @@ class Contents:
         return figures.heat_map(weights[:, window], sample["answer_tokens"], sample["tokens"][window])
 
     def parts(self, run_dir: str) -> dict[str, Any]:
-        """What the page's template takes besides figures; `run_dir` is how the user called the run."""
+        """The variables of the page's template, figures excepted; `run_dir` is the run as the user named it."""
         experiment = self.files.experiment
         base = Path(str(experiment.get("model_path", ""))).name
         published = list(costs.PUBLISHED)
@@ -184,7 +184,7 @@ def _larger_base(cost: Rows) -> str:
 
 
 def commands(run_dir: str, folder: Path, base: str) -> dict[str, str]:
-    """What makes the parts that are missing; `run_dir` is how the user called the run's `folder`."""
+    """Commands that make missing parts of a report; `run_dir` is the run's `folder` as the user named it."""
     run, store = shlex.quote(run_dir), find_store(folder, base)
     above = shlex.quote(str(folder.parent))
     data = f"--data_path {shlex.quote(str(store))}" if store else '--data_path "$STORE"'

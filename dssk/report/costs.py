@@ -1,4 +1,4 @@
-"""What a cached context takes, by the published formulas: values stored for each token of it.
+"""Bytes of a cached context by the published formulas: values stored for each of its tokens.
 
 A KV cache holds a key and a value for each layer and KV head: `2 x layers x KV heads x head size`. This method holds
 the output of the last layer: `hidden size`. StarCoder has one KV head (multi-query attention), so its KV cache is
@@ -40,7 +40,7 @@ class CacheCost:
 
     @property
     def multi_head_ratio(self) -> int:
-        """What `ratio` would be with a KV head for each attention head."""
+        """`ratio` if the model had a KV head for each attention head."""
         return 2 * self.num_layers
 
 

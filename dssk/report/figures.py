@@ -219,7 +219,7 @@ def heat_map(weights, answer_tokens: Sequence[str], context_tokens: Sequence[str
 
 
 def share_limit(shares: Iterable[float | None]) -> float:
-    """Where an axis of shares ends: at 1, or sooner if all are small."""
+    """The upper limit of an axis of shares: 1, or less if all are small."""
     highest = max((share for share in shares if share is not None), default=1.0)
     return min(1.0, max(1, math.ceil(11 * highest)) / 10)
 

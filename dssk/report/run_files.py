@@ -1,4 +1,4 @@
-"""What a run and a comparison left behind, as far as it is there."""
+"""The files of a run and of a comparison, as far as they exist."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -37,7 +37,7 @@ def choose(predictions: Sequence[Row], count: int) -> list[Row]:
 
 
 def describe(row: Row) -> Row:
-    """What the page shows of a row without a model: texts, and right or wrong."""
+    """The part of a sample that needs no model: its texts, and whether it is right."""
     others = {
         name: cell["prediction"]
         for name, cell in row.items()

@@ -26,7 +26,7 @@ def write_report(
     output: str | None,
     command: Sequence[str],
 ) -> None:
-    """What `dssk report` does: its flags, and the words that were given, for the page."""
+    """Run `dssk report`; the arguments are its flags, and the command as it was typed, for the page."""
     files = read_run(run_dir, compare, data)
     page = Path(output) if output else files.folder / REPORT
     with only_writer(page):

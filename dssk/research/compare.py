@@ -213,7 +213,7 @@ def system_list(text: str) -> list[str]:
 
 
 def compare_and_show(wanted: Comparison) -> None:
-    """What `dssk compare` does."""
+    """Run `dssk compare`."""
     output = Path(wanted.output)
     with files.only_writer(output / TABLE):
         table = compare(wanted)

@@ -1,4 +1,4 @@
-"""What an answer costs: seconds to its first token, tokens a second after it, bytes kept for each context token.
+"""The cost of an answer: seconds to its first token, tokens per second after it, bytes for each context token.
 
 One question at a time, greedy, on a CPU with one thread: more of them make figures depend on what else the machine
 does. Encodings and KV caches lie in one safetensors file for each context and are read from it every time. Systems

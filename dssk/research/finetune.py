@@ -45,7 +45,7 @@ MINUTES_LOGGED_STEPS = 20  # between logs of a training that minutes end
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What is trained and how; two equal ones give the same model."""
+    """Settings of a fine-tuning; equal settings give the same model."""
 
     method: Literal["lora", "full"]
     base: str  # fingerprint

@@ -153,7 +153,7 @@ class PromptedSystem:
         )
 
     def prompts(self, control: str = "with_context") -> list[Prompt]:
-        """Those of the questions that can be put under a control."""
+        """The prompts of the questions to which a control applies."""
         return [prompt for prompt in self.trials[control] if prompt is not None]
 
     @property
@@ -265,7 +265,7 @@ class PrefixCache:
         }
 
     def path(self, context: Tokens) -> Path:
-        """Where the cache of a context lies."""
+        """The file of a context's cache."""
         assert self.folder is not None
         digest = xxhash.xxh3_128_hexdigest(torch.tensor(context).numpy().tobytes())
         return self.folder / f"{digest}.safetensors"

@@ -41,7 +41,7 @@ HUB = {
 
 
 def write_real_sets(data: Path | None, folder: Path) -> None:
-    """What `dssk real` does: the sets from files below a folder, or from the Hub."""
+    """Run `dssk real`: write the sets from files below a folder, or from the Hub."""
     sources = {name: [source] for name, source in HUB.items()} if data is None else in_folder(data)
     counts = write_sets(sources, folder)
     print(f"{folder}: {', '.join(f'{count} {name}' for name, count in counts.items())}")

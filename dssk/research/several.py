@@ -56,7 +56,7 @@ def scored(system: System, predictions: Sequence[Prediction], number: int) -> di
 def costs(
     systems: Systems, names: Sequence[str], data: str, questions: QuestionSet, number: int
 ) -> dict[str, Row]:
-    """What an answer costs each system with so many contexts, measured together unless that was done before.
+    """The cost of an answer by each system with so many contexts, measured together unless that was done before.
 
     It is measured with the right context among them and in order: without it, or shuffled, as much is computed.
     """
@@ -142,7 +142,7 @@ def rows(
 
 
 def render(table: Sequence[Row]) -> str:
-    """Such rows for a terminal."""
+    """These rows as text for a terminal."""
     head = f"{'contexts read together':36}{'EM':>7}{'95 %':>15}{'F1':>7}{'NLL':>7}{'left out':>9}"
     lines, part = [f"{head}{'bytes':>14}{'first s':>10}{'tok/s':>8}"], None
     for row in table:

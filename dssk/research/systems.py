@@ -74,7 +74,7 @@ class Systems:
         self._plain: dict[str, tuple[PreTrainedModel, int]] = {}
 
     def folder_of(self, number: int) -> Path:
-        """Where answers lie that are given from so many contexts; 0: from the question's own."""
+        """The folder of answers from so many contexts; 0: from the question's own alone."""
         return self.output / f"{by_number.WITH}{number}" if number else self.output
 
     def model(self, system: str) -> PreTrainedModel:
@@ -112,7 +112,7 @@ class Systems:
         return load_questions(self.wanted.data_path, self.tokenizer, self.config, "train")
 
     def fine_tuning(self, system: str) -> FineTuning:
-        """How a system is trained: as long and on as many rows a step as the checkpoint, if flags say nothing else."""
+        """Settings of a system's fine-tuning: by default as many steps and rows a step as the checkpoint's."""
         wanted, experiment = self.wanted, self._experiment
         method = _METHODS[system]
         rows = experiment.get("train_batch_size", 32) * experiment.get("skip_steps", 1)
@@ -133,7 +133,7 @@ class Systems:
 
     @cached_property
     def _experiment(self) -> dict[str, Any]:
-        """What the checkpoint was trained with, and its step, so far as it is known."""
+        """The experiment of the checkpoint, and its step, as far as they are known."""
         if not (self.folder / MANIFEST).is_file():
             return {}
         manifest = load_manifest(self.folder)
@@ -141,7 +141,7 @@ class Systems:
 
     @cached_property
     def base_fingerprint(self) -> str:
-        """What tells the base from other models."""
+        """The fingerprint of the base."""
         config = self.config
         return model_fingerprint(config.base_model_name_or_path, config, config.base_model_revision)
 
@@ -176,14 +176,14 @@ class Systems:
         return list(texts.values())[:WORKED_EXAMPLES]
 
     def distractors(self, questions: QuestionSet) -> Distractors:
-        """Where contexts come from that are read beside a question's own."""
+        """The distractors for a set of questions."""
         if questions.fingerprint not in self._distractors:
             made = by_number.distractors_of(questions, self.mix)
             self._distractors[questions.fingerprint] = made
         return self._distractors[questions.fingerprint]
 
     def answering(self, system: str, questions: QuestionSet, number: int = 0) -> System:
-        """What answers the questions; contexts that a prompt has no room for are counted and printed.
+        """The system that answers the questions; prints how many contexts are cut to fit into a prompt.
 
         With a `number`, from so many contexts, the right one among them and missing (`by_number.names`).
         """

@@ -8,7 +8,7 @@ from dssk.utils import files
 
 
 def summary(manifest: Manifest) -> dict[str, str]:
-    """What a store holds, by topic."""
+    """A description of a store, by topic."""
     revision = f" at {manifest.model_revision}" if manifest.model_revision else ""
     layer = "" if manifest.encode_layer == LAST_LAYER else f", layer {manifest.encode_layer}"
     topics = {"model": f"{manifest.model_id}{revision}, computed in {manifest.model_dtype}{layer}"}

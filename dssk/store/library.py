@@ -78,7 +78,7 @@ class Hit(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is to be encoded: a text, or a passage of one."""
+    """A text, or a passage of one, to be encoded."""
 
     id: str
     title: str
@@ -87,7 +87,7 @@ class Piece(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a context is."""
+    """The location of a context."""
 
     segment: SegmentFile
     row: int
@@ -204,7 +204,7 @@ class ContextLibrary:
 
     @cached_property
     def _places(self) -> dict[str, Place]:
-        """Where each context is, by id and in order. Made when it is first asked for: opening reads no ids."""
+        """The location of each context, by id and in order. Made on first use: opening reads no ids."""
         return _places(self._segments)
 
     @cached_property
@@ -212,7 +212,7 @@ class ContextLibrary:
         return list(self._places)
 
     def num_tokens(self, text: str) -> int:
-        """How many tokens a text would take, encoded whole."""
+        """The number of tokens of a text, uncut."""
         return len(self._encoder.tokenize([text])[0])
 
     def verify(self) -> None:
@@ -300,7 +300,7 @@ class ContextLibrary:
     def _pieces(
         self, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str], splitter: Splitter | None
     ) -> Iterator[Piece]:
-        """What is to be encoded of each text: all of it, or its passages."""
+        """Each text as a whole, or its passages."""
         for id, title, text in zip(ids, titles, texts, strict=True):
             passages = splitter.split(self._encoder.tokenizer, text, title) if splitter else []
             if len(passages) < 2:
@@ -472,7 +472,7 @@ def _index_name(segment: Segment) -> str:
 
 
 def _places(segments: Iterable[SegmentFile]) -> dict[str, Place]:
-    """Where each context is, by id and in order."""
+    """The location of each context, by id and in order."""
     numbered: list[tuple[int, str, Place]] = []
     for segment in segments:
         first = len(numbered)
@@ -486,7 +486,7 @@ def _places(segments: Iterable[SegmentFile]) -> dict[str, Place]:
 
 
 def _texts(places: Iterable[Place]) -> list[str]:
-    """What is searched of each context."""
+    """The text of each context that is indexed: title and content."""
     return [f"{s.value('title', row, '')}\n{s.value('context', row, '')}" for s, row in places]
 
 

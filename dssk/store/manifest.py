@@ -31,7 +31,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Strict(BaseModel):
-    """What is written as JSON: no unknown keys, no wrong types, no change."""
+    """Base of what is stored as JSON: immutable, without unknown keys or wrong types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,7 +55,7 @@ class Checked(Strict):
 
 
 def checked_json(raw: bytes) -> dict[str, Any]:
-    """What `Checked.to_json` made, of any fields. Raises `ValueError` if a byte of it was changed."""
+    """Parse the output of `Checked.to_json`, whatever its fields. Raises `ValueError` if a byte was changed."""
     body = from_json(raw)
     if not isinstance(body, dict):
         raise ValueError("no JSON object")
@@ -80,7 +80,7 @@ class Segment(FileInfo):
 
 
 class Encoding(Strict):
-    """Which model made encodings, how, and in what form they are kept."""
+    """The model that made encodings, its settings, and the form in which they are stored."""
 
     model_id: str = Field(description="as it was given: a path or a name on the Hub")
     model_revision: str | None = Field(description="commit on the Hub; None for a folder")
@@ -98,7 +98,7 @@ class Encoding(Strict):
 
 
 class Settings(Encoding):
-    """What decides the content of a data set's store: equal settings give equal rows and encodings."""
+    """All settings that decide the content of a data set's store: equal ones give equal rows and encodings."""
 
     shard_rows: Positive = Field(description="contexts in a segment")
     source: dict[str, str | int | float | None] = Field(
@@ -118,7 +118,7 @@ class Settings(Encoding):
 
 
 class ShardInfo(Checked):
-    """How one segment of a data set's store was made: beside it as JSON, so that an interrupted one goes on."""
+    """The record of a finished segment of a data set's store, beside it as JSON: for resuming preprocessing."""
 
     key: str = Field(
         description="xxh3_128 of the tokens that were encoded and of the settings that decide the bytes"
@@ -136,7 +136,7 @@ class ShardInfo(Checked):
 
 
 class Counts(Strict):
-    """What became of the rows that were read."""
+    """Counts of the rows that were read, dropped and kept."""
 
     read: Count
     dropped: dict[str, Count] = Field(description="reason -> rows")
@@ -150,7 +150,7 @@ class Counts(Strict):
 
 
 class DataSet(Strict):
-    """What a store with questions has beyond its contexts."""
+    """The part of a manifest that only a store with questions has."""
 
     shard_rows: Positive
     source: dict[str, str | int | float | None]

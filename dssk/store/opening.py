@@ -59,7 +59,7 @@ def _parse(file: Path, raw: bytes) -> Manifest:
 
 
 def repair(path: str | Path) -> str:
-    """What to do about damage."""
+    """The advice in messages about damage."""
     if any((Path(path) / split).is_dir() for split in SPLITS):
         return f"run `dssk verify {path} --discard`, then the preprocessing command again"
     return "bring it back from a copy, or begin the library anew"
@@ -123,7 +123,7 @@ def find_fault(
     progress: Callable[[int], object] = lambda num_bytes: None,
     checksum: Callable[..., str] = hashes.xxh3_128,
 ) -> str:
-    """What is wrong with a file, "" if nothing is; `checksum` may be `files.xxh3_128` to trust no cache."""
+    """The fault of a file, "" if there is none; `checksum` may be `files.xxh3_128` to trust no cache."""
     try:
         return _wrong_size(file, info) or ("" if checksum(file, progress) == info.xxh3_128 else "was altered")
     except FileNotFoundError:

@@ -18,7 +18,7 @@ _WORD = r"\w+"  # by default bm25s leaves out words of one character, such as di
 
 
 class WordIndex:
-    """Which of `count` texts have which words."""
+    """A BM25 index of `count` texts."""
 
     def __init__(self, index: bm25s.BM25 | None, count: int, folder: Path = Path()):
         self._index = index  # None if the texts have no words
@@ -51,7 +51,7 @@ class WordIndex:
             self._index.save(str(folder))
 
     def search(self, question: str, k: int) -> list[tuple[int, float]]:
-        """As the function `search`, of this index alone."""
+        """`search` in this index alone."""
         return search([self], question, k)
 
     def matches(self, word: str) -> tuple[np.ndarray, np.ndarray]:

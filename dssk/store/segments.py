@@ -44,7 +44,7 @@ def context_features(storage_dtype: StorageDtype) -> Features:
 
 
 class Origin(NamedTuple):
-    """Where in a longer text a passage stands, in characters; no document for a whole text."""
+    """The position of a passage in its document, in characters; no document for a whole text."""
 
     document: str
     start: int
@@ -173,7 +173,7 @@ class SegmentFile:
 
 
 def _value_starts(column: pa.ChunkedArray, sizes: np.ndarray, buffer: pa.Buffer) -> np.ndarray:
-    """Where in `buffer` the bytes of each value begin; no value is touched. Raises `ValueError` for another size."""
+    """The offset in `buffer` of each value, without reading any. Raises `ValueError` for unexpected sizes."""
     starts: list[np.ndarray] = [np.zeros(0, np.int64)]
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
     for chunk in column.chunks:

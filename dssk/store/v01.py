@@ -1,4 +1,4 @@
-"""What version 0.1 wrote, read as what is written now: stores (`manifest.json`) and libraries (`library.json`)."""
+"""Conversion of manifests of version 0.1: of stores (`manifest.json`) and of libraries (`library.json`)."""
 
 from typing import Any
 

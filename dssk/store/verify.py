@@ -71,7 +71,7 @@ def discard(folder: Path) -> list[str]:
 
 
 def _infos_of_shards(folder: Path) -> dict[str, FileInfo]:
-    """What the shards' own manifests say, for a store whose manifest is lost."""
+    """Sizes and checksums from the shards' own manifests, for a store whose manifest is lost."""
     infos = {}
     for path in sorted((folder / CONTEXTS).glob("data-*.arrow")):
         shard = load_shard_info(path.with_suffix(".json"))

@@ -1,4 +1,4 @@
-"""Which evaluation of a run was its best, and for how many there has been none better."""
+"""The best evaluation of a run, and how many evaluations have come since."""
 
 from typing import Any
 

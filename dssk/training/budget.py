@@ -36,7 +36,7 @@ class CpuBudget:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is computed inside does not count."""
+        """Inside this block the clock is stopped."""
         self._paused = time.process_time()
         try:
             yield

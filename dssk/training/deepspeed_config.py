@@ -73,7 +73,7 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 
 def expected(cfg: ExperimentConfig, skip_steps: int) -> dict[str, tuple[str, Any]]:
-    """What each setting of the file must be, if it is given, and which key of the experiment says so."""
+    """Expected values of the file's settings, each with the key of the experiment that it must agree with."""
     ranks = launched()
     rows = cfg.train_batch_size * skip_steps * ranks
     return {

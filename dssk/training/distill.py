@@ -118,6 +118,6 @@ def _taught(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _lengths(labels: torch.Tensor) -> torch.Tensor:
-    """Where the last label of each row (B, T) ends."""
+    """(B,) one past the position of the last label of each row (B, T)."""
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return (places * (labels != IGNORED)).amax(-1)

@@ -1,4 +1,4 @@
-"""What a run will need, before anything is spent: `trainval.py --dry_run`. The model is built without its weights."""
+"""Estimates of memory and disk for `trainval.py --dry_run`. The model is built without its weights."""
 
 import json
 import os

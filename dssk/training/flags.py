@@ -53,7 +53,7 @@ class RunArgs:
 
 
 def resuming_command(run: RunArgs) -> str:
-    """What goes on with a run that was stopped: the command of this process without its reset, or words for it."""
+    """The command that continues this run after a stop: that of this process without its reset, or words for it."""
     program = Path(sys.argv[0]).name
     if launched() > 1 or program not in COMMANDS:
         return "the same command goes on from there" + (", without -r 1" if run.reset else "")

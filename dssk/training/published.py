@@ -108,7 +108,7 @@ def published_config(name: str) -> PreTrainedConfig:
 
 
 def table(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What the first experiment of each group that places blocks into a published base needs, as rows of a table.
+    """Memory and disk of the first experiment of each group with blocks on a published base, as rows of a table.
 
     It stands in docs/training.md.
     """

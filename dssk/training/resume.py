@@ -1,4 +1,4 @@
-"""Where a run starts: afresh, or at its newest whole checkpoint if that fits what is asked for now."""
+"""Where a run starts: from the beginning, or from its newest whole checkpoint if that fits the flags and the data."""
 
 import os
 from dataclasses import dataclass

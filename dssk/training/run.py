@@ -160,7 +160,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
 
 
 def block_start(cfg: ExperimentConfig) -> str | None:
-    """How blocks start; None without blocks."""
+    """The initialization of blocks; None without blocks."""
     return cfg.cross_attn_init if cfg.reader == "cross_attention" else None
 
 
@@ -333,7 +333,7 @@ def fuse(checkpoint: Path, output: Path) -> None:
 
 
 def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
-    """What is about to happen, on one screen."""
+    """A summary of the run, printed before it starts."""
     model, args, data = trainer.unwrapped_model, trainer.args, trainer.train_dataset
     trained = sum(p.numel() for _, p in state.trained_parameters(trainer))
     layers = ", ".join(map(str, model.config.cross_attn_layers))

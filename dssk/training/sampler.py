@@ -67,7 +67,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return batches if ordered else rng.permutation(batches)
 
     def _units(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """What is not to be divided, in random order, one array (units, rows of each) for each kind."""
+        """Groups of rows that stay together, in random order: an array (groups, rows) for each group size."""
         rows = rng.permutation(self.num_rows)
         if self.contexts is None:
             return [rows[:, None]]

@@ -52,7 +52,7 @@ def gather_weights(trainer: Any) -> Tensors:
 
 
 def gather_optimizer(trainer: Any) -> Tensors:
-    """What the optimizer knows of each parameter, whole, on the CPU."""
+    """The full optimizer state of each parameter, on the CPU."""
     tensors: Tensors = {}
     if trainer.is_deepspeed_enabled:
         _link_zero_state(trainer.model_wrapped.optimizer)

@@ -1,1 +1,1 @@
-"""What every room uses: files that are whole or absent, flags, the console, the ranks of a launch."""
+"""Utilities of all rooms: files that are whole or absent, flags, the console, the ranks of a launch."""

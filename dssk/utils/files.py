@@ -98,7 +98,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same, but it takes that name when the block ends, whole and on the disk."""
+    """A new folder that is renamed to `path` when the block ends, whole and on the disk."""
     with temporary_folder(path) as temp:
         yield temp
         for file in (file for file in temp.rglob("*") if file.is_file()):

@@ -27,7 +27,7 @@ class Ranks:
     local_rank: int
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, in every process; a `DsskError` that it raises, too."""
+        """Call `make` in the first process and return its result, or raise its `DsskError`, in every process."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
