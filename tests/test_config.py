@@ -17,8 +17,8 @@ from dssk.errors import DsskError
 from dssk.inference.auto import family, fused_config
 from dssk.models.shapes import window
 from dssk.models.weights import is_cross_attn
+from dssk.training.estimate import model_fields
 from dssk.training.published import PUBLISHED, published_config, table
-from dssk.training.run import cross_attn_fields
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 from tests.conftest import REPOSITORY
 
@@ -57,7 +57,7 @@ def base_config(path, **changes):
 def test_every_experiment_is_valid_and_fits_its_base_model(group, exp_dict):
     cfg = parse_experiment(exp_dict)
     base = base_config(cfg.model_path)
-    model = fused_config(base, **cross_attn_fields(cfg))
+    model = fused_config(base, **model_fields(cfg))
     assert len(model.cross_attn_layers) == cfg.num_cross_attn_layers
     assert cfg.context_size <= window(base)
 
@@ -65,7 +65,7 @@ def test_every_experiment_is_valid_and_fits_its_base_model(group, exp_dict):
 @pytest.mark.parametrize(("group", "exp_dict"), EXPERIMENTS)
 def test_every_experiment_trains_at_its_real_depth_and_toy_widths(group, exp_dict, tokens):
     cfg = parse_experiment(exp_dict)
-    fields = cross_attn_fields(cfg)
+    fields = model_fields(cfg)
     if cfg.cross_attn_num_attention_heads is not None:
         fields["cross_attn_hidden_size"] = 2 * cfg.cross_attn_num_attention_heads
     heads = base_config(cfg.model_path).num_attention_heads

@@ -59,7 +59,7 @@ class Trials:
         if pid := os.fork():
             return pid
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        os._exit(errors.run(lambda: preproc.main(command)))
+        os._exit(errors.exit_code_of(lambda: preproc.main(command)))
 
     def finish(self, name: str, num_proc: int) -> None:
         """Run the command to its end."""

@@ -72,7 +72,7 @@ class World:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         try:
-            return errors.run(lambda: train(parse_args(argv), {"group": [self.exp_dict]}))
+            return errors.exit_code_of(lambda: train(parse_args(argv), {"group": [self.exp_dict]}))
         except BaseException as error:
             print(repr(error), flush=True)
             return 1

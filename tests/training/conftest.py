@@ -66,7 +66,7 @@ def _rank(function, rank: int, count: int, port: str) -> int:
     os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return errors.run(function)
+        return errors.exit_code_of(function)
     except BaseException:
         traceback.print_exc()
         return 1
