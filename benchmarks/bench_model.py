@@ -332,7 +332,7 @@ def memory_status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=7, help="timed rounds, of which the median counts (%(default)s)"
+        "--rounds", type=int, default=5, help="timed rounds, of which the median counts (%(default)s)"
     )
     parser.add_argument("--only", choices=["generation", "training"], help="one half of the rows")
     parser.add_argument("--peak_memory", choices=["ours", "original"], help=argparse.SUPPRESS)
