@@ -15,11 +15,13 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from dssk.checkpoint import FINAL, MANIFEST, checkpoint_step, latest_checkpoint, verify_checkpoint
 from dssk.errors import DamagedData, DsskError
@@ -97,6 +99,10 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
         values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         _check_implementations(path, values)
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if (
+            Path(path) / GENERATION_CONFIG_NAME
+        ).is_file():  # without one that it cannot read, transformers goes on
+            GenerationConfig.from_pretrained(path)
     if not isinstance(config, CrossAttnConfig):
         try:
             family(checked_model_type(config, path))

@@ -6,6 +6,7 @@ starts (`structured_init_`).
 
 import json
 import math
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAtten
 from dssk import prompts
 from dssk.data.readers import BadRow, read_rows
 from dssk.data.schemas import Dropped, to_qa
-from dssk.errors import DsskError
+from dssk.errors import DsskError, short
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
@@ -290,12 +291,19 @@ def _batches(
 def read_pages(paths: list[Path]) -> list[Page]:
     """The contexts of QA files in any schema that preprocessing reads, each with its questions and answers."""
     pages: dict[str, list[tuple[str, str]]] = {}
+    malformed: list[str] = []
     for row in read_rows(map(str, paths)):
         try:
             qa = to_qa(row)
-        except (BadRow, Dropped):  # preprocessing reports them; text to learn from can do without
+        except Dropped:
+            continue
+        except BadRow as error:  # text to learn from can do without
+            malformed.append(f"{row.place}: {error}" if not malformed else "")
             continue
         pages.setdefault(qa.context, []).append((qa.question, qa.answers[0]))
+    if malformed:
+        said = f"{len(malformed)} malformed rows are left out, the first {malformed[0]}"
+        print(f"dssk: {short(said)}", file=sys.stderr)
     if not pages:
         raise DsskError(f"no usable row in {paths[0]}: want rows of context, question and answer")
     return list(pages.items())

@@ -209,7 +209,14 @@ def test_a_configuration_that_was_altered_is_one_line(base_copy, values):
 
 
 @pytest.mark.parametrize(
-    "file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    "file",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ],
 )
 @pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"[" * 100_000, b"\x10" * 100])
 def test_a_file_of_a_base_that_is_something_else_is_one_line(base_copy, file, content):

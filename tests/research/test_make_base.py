@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import FIM_TOKENS, load_tokenizer
 from dssk.research import make_base, toy
 from dssk.research.make_base import Memory, build_base, make_documents, make_tokenizer, read_pages
-from tests.conftest import REPOSITORY
+from tests.conftest import NO_SHARED_DATA, SHARED_DATA
 
-STARCODER_TOKENIZER = REPOSITORY.parent / "shared" / "data" / "starcoder_tokenizer"
+STARCODER_TOKENIZER = SHARED_DATA / "starcoder_tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def tokenizer(pages):
 def made(tmp_path_factory) -> Path:
     """The embedded default without its language modelling."""
     output = tmp_path_factory.mktemp("made") / "base"
+    before = os.umask(0o022)
     main(["--output", str(output), "--steps", "0"])
+    os.umask(before)
     return output
 
 
@@ -124,6 +127,7 @@ def test_the_embedded_default_is_an_ordinary_small_checkpoint(made):
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", *FIM_TOKENS, "<fim_pad>"]) == [0, 1, 2, 3, 4]
     assert sum(file.stat().st_size for file in made.iterdir()) < 4e6
+    assert {file.stat().st_mode & 0o777 for file in made.iterdir()} == {0o644}
     load_base(made)
     assert load_tokenizer(made).pad_token_id == 4
     assert {file.name for file in made.parent.iterdir()} == {"base"}
@@ -191,6 +195,18 @@ def test_questions_about_one_context_share_a_page(tmp_path):
     ]
 
 
+def test_malformed_rows_are_left_out_and_named(tmp_path, capsys):
+    rows = [
+        {"context": "One .", "question": 5, "answer": "x"},
+        {"context": "Two .", "question": "b", "answer": "z"},
+    ]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    assert read_pages([path]) == [("Two .", [("b", "z")])]
+    said = "dssk: 2 malformed rows are left out, the first qa.jsonl:1: question is int, want text\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_file_without_questions_is_refused(tmp_path):
     path = tmp_path / "qa.jsonl"
     path.write_text('{"text": "prose"}\n')
@@ -200,7 +216,7 @@ def test_a_file_without_questions_is_refused(tmp_path):
         read_pages([path])
 
 
-@pytest.mark.skipif(not STARCODER_TOKENIZER.exists(), reason="the real tokenizer is not here")
+@pytest.mark.skipif(not STARCODER_TOKENIZER.exists(), reason=NO_SHARED_DATA)
 def test_a_base_of_text_takes_a_tokenizer_that_exists(tmp_path):
     text = tmp_path / "qa.jsonl"
     text.write_text(json.dumps({"context": "One .", "question": "a", "answer": "x"}) + "\n")

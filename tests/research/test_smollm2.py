@@ -16,7 +16,7 @@ from dssk.errors import DamagedData, DsskError, EnvironmentFault
 from dssk.research import smollm2
 from dssk.research.smollm2 import GGUF, WEIGHTS_NOTE, convert
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason='gguf is not installed: pip install "dssk[gguf]"')
 
 WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
