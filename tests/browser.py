@@ -34,7 +34,9 @@ class Visit:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[object]:
     """A running browser. Not for the whole session: playwright's event loop would be in the way of other tests."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
     executable = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if executable is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")

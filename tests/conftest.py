@@ -37,6 +37,9 @@ transformers_logging.disable_progress_bar()
 SPECIAL_TOKENS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Real rows and tokenizers that are no part of the project; tests of them skip where they are not at hand.
+SHARED_DATA = Path(os.environ.get("DSSK_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+NO_SHARED_DATA = f"no real data in {SHARED_DATA}: set DSSK_SHARED_DATA"
 
 
 def byte_tokenizer(spelling: str = "<fim_{}>") -> PreTrainedTokenizerFast:

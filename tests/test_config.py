@@ -180,7 +180,9 @@ def test_the_id_of_an_experiment_depends_on_its_content_alone(exp_dict):
 
 
 def test_the_id_is_the_one_that_haven_gives():
-    haven_utils = pytest.importorskip("haven.haven_utils")
+    haven_utils = pytest.importorskip(
+        "haven.haven_utils", reason='haven-ai is not installed: pip install "dssk[haven]"'
+    )
     for _, exp_dict in EXPERIMENTS:
         assert experiment_id(exp_dict) == haven_utils.hash_dict(exp_dict)
 

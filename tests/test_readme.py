@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from exp_configs import EXP_GROUPS
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -104,3 +105,23 @@ def test_every_file_that_the_documents_link_to_exists():
     for file in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", file.read_text()):
             assert (file.parent / link).exists(), f"{file.name} links to {link}"
+
+
+def recipe(target: str) -> str:
+    return re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+
+
+def test_the_demo_installs_no_test_tools_and_says_what_comes_on_top():
+    assert re.search(r"^demo: install$", MAKEFILE, re.MULTILINE)
+    assert re.search(r"^install: \.venv/\.installed$", MAKEFILE, re.MULTILINE)
+    installs = recipe(".venv/.installed")
+    assert re.findall(r"\$\(PIP\) (.*)", installs) == ["torch", "-e ."]
+    assert "--quiet" not in installs  # pip's own bars are the progress
+    assert re.search(r'@echo ".*into \.venv, once: \d to \d GB', installs)
+
+
+def test_the_experiment_of_the_demo_names_the_base_that_the_demo_makes():
+    assert "TOY = runs/demo/seed-$(SEED)" in MAKEFILE
+    assert "SEED ?= 0" in MAKEFILE
+    assert "dssk base --dataset toy --seed $(SEED) --output $(TOY)/base" in recipe("demo")
+    assert {exp_dict["model_path"] for exp_dict in EXP_GROUPS["crossattn_tiny"]} == {f"{DEMO}/base"}

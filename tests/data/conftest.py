@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import pytest
 
 from dssk.commands import preproc
-from tests.conftest import REPOSITORY
+from tests.conftest import NO_SHARED_DATA, SHARED_DATA
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real rows that are not part of the project; tests of them skip where they are not at hand."""
-    folder = Path(os.environ.get("DSSK_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
-    if not (folder / "nq").is_dir():
-        pytest.skip(f"no real data in {folder} (set DSSK_SHARED_DATA)")
-    return folder
+    if not (SHARED_DATA / "nq").is_dir():
+        pytest.skip(NO_SHARED_DATA)
+    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

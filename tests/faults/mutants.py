@@ -42,7 +42,11 @@ COPIED += (
 )
 COPIED += (".havenignore", "constraints.txt")
 LIMIT_SECONDS = 900
-NOTICED, PASSED = 1, 0  # pytest's exit codes
+PASSED, NOTICED, INTERRUPTED = (
+    0,
+    1,
+    2,
+)  # pytest's exit codes; the last is of a file that cannot be imported, too
 
 
 def misfits(mutants: Sequence[Mutant] = MUTANTS, root: Path = REPOSITORY) -> list[str]:
@@ -115,16 +119,18 @@ def try_one(mutant: Mutant, folder: Path) -> str:
     file.write_text(whole.replace(mutant.before, mutant.after))
     words = shlex.split(mutant.tests)
     tests = [f"tests/{name}" for name in paths(mutant)]
+    words = [*tests, *words[len(tests) :]]
     try:
-        code, failed = pytest_on(folder, [*tests, *words[len(tests) :]])
+        code, failed = pytest_on(folder, words)
     finally:
         file.write_text(whole)
     if code == PASSED:
         return "not noticed"
-    if code != NOTICED:
+    if code not in (NOTICED, INTERRUPTED):
         return f"pytest ended with {code}"
-    if pytest_on(folder, [failed])[0] != PASSED:
-        return f"{failed} fails without it, too"
+    again = [failed] if failed else words
+    if pytest_on(folder, again)[0] != PASSED:
+        return f"{' '.join(again)}: fails without it, too"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -35,6 +36,9 @@ for _module in (
     "research.toy",
 ):
     import_module(_module if _module == "bm25s" else f"dssk.{_module}")
+
+with suppress(ImportError):
+    import_module("dssk.jobs.haven")
 
 with tempfile.TemporaryDirectory() as _folder:
     _base = make_base(Path(_folder))

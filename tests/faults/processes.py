@@ -56,8 +56,8 @@ class Running:
         self.process.join()
 
     def done(self, limit_seconds: float = LIMIT_SECONDS) -> Done:
-        """Wait for its end."""
-        self.process.join(limit_seconds)
+        """Wait for its end; where more runs than there are cores, as many times as long."""
+        self.process.join(limit_seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
         code = self.process.exitcode
         if code is None:
             self.kill()

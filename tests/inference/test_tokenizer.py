@@ -16,9 +16,7 @@ from dssk.inference.tokenizer import (
     tokenize_question,
     tokenize_question_after_context,
 )
-from tests.conftest import REPOSITORY
-
-REAL = REPOSITORY.parent / "shared" / "data"
+from tests.conftest import NO_SHARED_DATA, SHARED_DATA
 
 
 def made(tmp_path, special=(), leading=(), trailing=(), **named):
@@ -121,9 +119,9 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["starcoder_tokenizer", "starcoder2_tokenizer"])
 def test_the_real_starcoder_tokenizers(name):
-    folder = REAL / name
+    folder = SHARED_DATA / name
     if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+        pytest.skip(NO_SHARED_DATA)
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.pad_token, tokenizer.eos_token_id, fim_ids(tokenizer)) == ("<fim_pad>", 0, (1, 2, 3))
     assert leading_ids(tokenizer) == []

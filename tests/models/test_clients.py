@@ -86,7 +86,7 @@ def test_modules_that_peft_trains_and_saves_are_those_that_are_called(model, giv
 
 
 def test_an_int8_base_answers(base_folder, given):
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install torchao")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 

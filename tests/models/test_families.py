@@ -101,7 +101,7 @@ def test_beams_and_samples_with_a_cache_equal_those_without(model):
 
 def test_left_padded_questions_equal_single_ones(model, family):
     if family[0] in NO_LEFT_PADDING:
-        pytest.skip("the base itself does not")
+        pytest.skip("nothing to get: this base itself does not pad on the left")
     context = projected(model)
     question, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
     question[1, :3], mask[1, :3] = 0, 0
@@ -126,7 +126,7 @@ def test_padding_on_either_side_encodes_alike(model, family):
 
 def test_a_static_cache_answers_alike(model, family):
     if family[0] in NO_STATIC_CACHE:
-        pytest.skip("the family has none")
+        pytest.skip("nothing to get: this family has no static cache")
     context = projected(model)
     how = GREEDY | {"disable_compile": True}
     found = model.generate(ids(2, 7), context=context, cache_implementation="static", **how)

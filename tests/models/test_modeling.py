@@ -1,12 +1,14 @@
 import copy
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPTBigCodeForCausalLM
 
 from dssk.inference.auto import CrossAttnGPTBigCodeForCausalLM
@@ -90,6 +92,29 @@ def test_a_base_of_another_kind_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="want gpt_bigcode"):
         CrossAttnGPTBigCodeForCausalLM.from_base(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_a_base_with_other_weights_than_its_configuration_says_is_refused(base_path, tmp_path, change):
+    file = shutil.copytree(base_path, tmp_path / "base") / "model.safetensors"
+    weights = load_file(file)
+    last = weights.pop("transformer.h.3.ln_1.weight")
+    if change == "left over":
+        weights |= {f"transformer.h.{layer}.ln_1.weight": last for layer in (3, 4)}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="is not a plain .* checkpoint: 1 keys"):
+        fused(file.parent)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_block_stands_before_its_layer_or_after_it(base_path, tokens, final):
+    model = fused(base_path, num_cross_attn_layers=1, cross_attn_final_layer=final)
+    (number,) = model.config.cross_attn_layers
+    seen = []
+    for name, module in (("layer", model.transformer.h[number].attn), ("block", model.cross_attn_blocks[0])):
+        module.register_forward_hook(lambda *args, name=name: seen.append(name))
+    model(tokens(2, 5), **context(model, tokens))
+    assert seen[-2:] == (["layer", "block"] if final else ["block", "layer"])
 
 
 # Training

@@ -64,6 +64,15 @@ def test_packed_contexts_are_read_as_each_row_alone_would_read_its_own(model, pa
 
 
 @torch.no_grad()
+def test_a_text_goes_on_behind_the_longest_of_its_contexts(model, packed):
+    context = model.project_context(**packed, context_groups=groups_of(GROUPS))
+    if model.config.reader == "merged":
+        assert context.lengths.tolist() == [7, 7, 5]
+    else:  # whose contexts have no place in the text
+        assert not hasattr(context, "lengths")
+
+
+@torch.no_grad()
 def test_a_context_that_a_row_does_not_name_does_not_reach_it(model, packed, tokens):
     ids, groups = tokens(2, 6), groups_of([[0, 1], [2]])
     before = model(ids, **packed, context_groups=groups).logits

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,14 @@ def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, t
     assert "dssk train" in page
     assert {file.name for file in tmp_path.iterdir()} == {"exp_dict.json", "report.html"}
     assert "no attention in this report: no model at" in capsys.readouterr().err
+
+
+def test_the_page_forbids_all_but_its_own_script(report):
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', report.read_text(), re.DOTALL)
+    allowed = dict(directive.split(maxsplit=1) for directive in policy.split(";"))
+    assert re.fullmatch(r"'sha256-[\w+/=]+'", allowed.pop("script-src"))
+    nothing = dict.fromkeys(("default-src", "base-uri", "form-action"), "'none'")
+    assert allowed == {**nothing, "img-src": "data:", "style-src": "'unsafe-inline'"}
 
 
 def test_samples_are_shown_without_a_model_too(run_folder, tmp_path):

@@ -29,6 +29,11 @@ def test_it_renders_without_errors_and_fetches_nothing(open_page, report, width,
     assert "–90.0" not in texts  # intervals stand where there are some
 
 
+def test_its_policy_lets_its_own_script_reach_nothing(open_page, report):
+    fetch = "address => fetch(address).then(() => 'reached', () => 'refused')"
+    assert open_page(report).evaluate(fetch, "data:text/plain,x") == "refused"
+
+
 def test_one_goes_through_the_samples(open_page, report):
     visit = open_page(report)
     assert visit.inner_text("#position") == "1 / 8"

@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from dssk.errors import DamagedData, DsskError
@@ -136,6 +137,20 @@ def test_int8_keeps_tokens_of_zeros_and_of_any_size():
     assert scale is not None
     back = values.to(torch.float32) * scale.float()[:, None]
     assert torch.all((back - states).abs() <= states.abs().amax(dim=1, keepdim=True) / 127)
+
+
+def test_int8_uses_all_of_its_range_and_makes_no_number_that_is_none():
+    """A NaN would be rounded to whatever the processor makes of it."""
+
+    class Finite(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            assert made.isfinite().all(), func
+            return made
+
+    with Finite():
+        values, _ = quantize(torch.tensor([[0.0, 0.0], [3.0, -1.0], [0.5, -8.0]]), "int8")
+    assert values.abs().amax(dim=1).tolist() == [0, 127, 127]
 
 
 def test_a_store_of_texts_has_rows_without_states(tmp_path, preprocess, source):

@@ -86,6 +86,7 @@ def test_a_library_keeps_what_its_model_reads(base_path, merged_path, tmp_path, 
 def test_a_layer_that_the_model_lacks_is_refused_at_once(base_path, tmp_path):
     for flag, message in (
         ("5", "layer from 1 to 4"),
+        ("0", "layer from 1 to 4"),
         ("first", "layer from 1 to 4"),
         ("1.5", "share of the depth"),
     ):

@@ -25,6 +25,7 @@ from dssk.store.search import WordIndex, search
 from dssk.store.segments import SegmentFile
 from dssk.utils import files
 from tests.conftest import byte_tokenizer, fused, make_base
+from tests.faults.mutations import reseal_store
 
 TEXTS = ["Mill 1 was built in 1701.", "The bridge of Aston is longer than the mill is high.", "Ann."]
 
@@ -388,6 +389,18 @@ def test_what_a_manifest_describes_and_is_none_of_it_is_refused(filled):
             ContextLibrary(filled.path).search("mill")
         path.write_bytes(content)
         (filled.path / "manifest.json").write_text(filled.manifest.to_json())
+
+
+def test_a_whole_index_of_other_contexts_is_refused(base_path, filled, tmp_path):
+    """As whole as its checksums say, and of fewer contexts."""
+    other = ContextLibrary(tmp_path / "other", model=base_path)
+    other.add(TEXTS[:2], ids=["mill", "bridge"])
+    (ours,), (theirs,) = (opened.path.glob("search-*") for opened in (filled, other))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    reseal_store(filled.path)
+    with pytest.raises(DamagedData, match="is not the index of these contexts"):
+        ContextLibrary(filled.path).search("mill")
 
 
 def test_names_in_a_manifest_never_lead_outside(filled, tmp_path):

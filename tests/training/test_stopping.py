@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -237,6 +238,14 @@ def test_a_loss_of_infinity_is_caught_where_it_arises(run, monkeypatch):
     )
     with pytest.raises(Diverged, match="loss is inf in step 1, rows "):
         run("--steps", "1", "--log_every", "1")
+
+
+def test_a_loss_that_is_no_number_is_logged_as_it_is(run, monkeypatch):
+    """Should it ever pass what stops at one: not as zero."""
+    monkeypatch.setattr("dssk.training.trainer.CrossAttnTrainer._watch", lambda *args: None)
+    monkeypatch.setattr("transformers.Trainer.training_step", lambda *args, **kwargs: torch.tensor(torch.nan))
+    folder = run("--steps", "1", "--log_every", "1")
+    assert [math.isnan(loss) for loss in losses(folder)] == [True]
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(run, monkeypatch, tmp_path):
