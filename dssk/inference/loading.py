@@ -99,9 +99,8 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
         values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         _check_implementations(path, values)
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        if (
-            Path(path) / GENERATION_CONFIG_NAME
-        ).is_file():  # without one that it cannot read, transformers goes on
+        # transformers itself goes on without a generation configuration that it cannot read.
+        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
             GenerationConfig.from_pretrained(path)
     if not isinstance(config, CrossAttnConfig):
         try:

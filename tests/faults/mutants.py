@@ -42,11 +42,8 @@ COPIED += (
 )
 COPIED += (".havenignore", "constraints.txt")
 LIMIT_SECONDS = 900
-PASSED, NOTICED, INTERRUPTED = (
-    0,
-    1,
-    2,
-)  # pytest's exit codes; the last is of a file that cannot be imported, too
+# pytest's exit codes; the last is also that of a file that cannot be imported.
+PASSED, NOTICED, INTERRUPTED = 0, 1, 2
 
 
 def misfits(mutants: Sequence[Mutant] = MUTANTS, root: Path = REPOSITORY) -> list[str]:
