@@ -106,7 +106,8 @@ def results(name: str) -> list[dict[str, Any]]:
     return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def test_the_results_show_both_numbers_of_labels_and_no_reference_of_another_run():
+def test_the_results_show_plain_rows_both_numbers_of_labels_and_no_reference_of_another_run():
+    assert {*PLAIN, *PLAIN.values()} <= {row["row"] for row in results("data")}
     labels: dict[str, set[int]] = {}
     for row in results("model"):
         if row["row"].startswith("train_step_"):
