@@ -100,7 +100,7 @@ def test_a_base_with_other_weights_than_its_configuration_says_is_refused(base_p
     weights = load_file(file)
     last = weights.pop("transformer.h.3.ln_1.weight")
     if change == "left over":
-        weights |= {f"transformer.h.{layer}.ln_1.weight": last for layer in (3, 4)}
+        weights |= {f"transformer.h.{layer}.ln_1.weight": last.clone() for layer in (3, 4)}
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ValueError, match="is not a plain .* checkpoint: 1 keys"):
         fused(file.parent)
