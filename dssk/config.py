@@ -162,6 +162,10 @@ class ExperimentConfig(BaseModel):
 
     fp16: bool = Field(description="mixed precision in float16 (GPU only)")
     bf16: bool = Field(description="mixed precision in bfloat16")
+    attn_implementation: Literal["eager", "sdpa"] | None = Field(
+        default=None,
+        description="attention in training: eager (written out; for bfloat16 on a CPU), sdpa; None: transformers' choice",
+    )
     gradient_checkpointing: bool = Field(
         description="recompute activations in the backward pass: less memory"
     )

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from dssk.checkpoint import FINAL, checkpoint_folder, checkpoint_folders, load_manifest
-from dssk.config import experiment_id
+from dssk.config import experiment_id, faults
 from dssk.errors import DamagedData, DsskError
 from dssk.utils.files import machine_faults, write_json
 from dssk.utils.json_files import read_json, read_objects
@@ -139,12 +141,48 @@ def _is_step(value: Any) -> bool:
 
 def read_wandb(savedir: Path) -> dict[str, Any]:
     """Id, entity, project and name at Weights & Biases; empty if training logged to none."""
-    return _read_if_there(savedir / WANDB)
+    stored = _read_if_there(savedir / WANDB)
+    for key in ("id", "entity", "project", "name"):
+        if not isinstance(stored.get(key), str | None):
+            raise DamagedData(f"{savedir / WANDB} is damaged: {key} is {stored[key]!r}, want a text")
+    return stored
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
     """The scores that an evaluation left in a run's or a model's folder; empty if there are none."""
-    return _read_if_there(folder / SCORES)
+    return checked_scores(_read_if_there(folder / SCORES), folder / SCORES)
+
+
+class _Scored(BaseModel):
+    """What scores of some questions are made of; further keys are not looked at."""
+
+    model_config = ConfigDict(strict=True)
+    n: int | None = None
+    em: float | None = None
+    em_low: float | None = None
+    em_high: float | None = None
+    f1: float | None = None
+
+
+class _Bin(_Scored):
+    low: float
+    high: float
+
+
+class _Control(_Scored):
+    by_class: dict[str, _Scored] = {}
+    by_context_tokens: list[_Bin] = []
+
+
+def checked_scores(scores: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The scores that `file` holds. Raises `DamagedData` if a control's are none."""
+    for control, row in scores.items():
+        if isinstance(row, dict):
+            try:
+                _Control.model_validate(row)
+            except ValidationError as error:
+                raise DamagedData(f"{file} is damaged: {control}: {faults(error, _Control.model_fields)}") from None
+    return scores
 
 
 def newest_scores(savedir: Path) -> dict[str, Any]:

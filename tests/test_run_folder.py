@@ -73,6 +73,29 @@ def test_damaged_scores_are_none_in_a_table_and_an_error_where_they_are_asked_fo
         run_folder.scores_of(savedir / "final")
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"em": "high"}, "with_context: em is 'high'"),
+        ({"em": 0.5, "by_class": {"span": 1}}, "with_context: by_class.span is 1"),
+        ({"em": 0.5, "by_context_tokens": {"low": 1}}, "with_context: by_context_tokens is"),
+        ({"em": 0.5, "by_context_tokens": [{"low": 1, "em": 0.5}]}, "by_context_tokens.high is missing"),
+    ],
+)
+def test_scores_that_are_none_are_named(savedir, row, what):
+    (savedir / "scores.json").write_text(json.dumps({"with_context": row}))
+    with pytest.raises(DamagedData, match=f"scores.json is damaged: .*{what}"):
+        run_folder.read_scores(savedir)
+
+
+def test_what_a_run_at_wandb_is_called_must_be_text(savedir):
+    (savedir / "wandb.json").write_text(json.dumps({"id": "a", "entity": ["e"], "project": "p"}))
+    with pytest.raises(DamagedData, match=r"wandb.json is damaged: entity is \['e'\], want a text"):
+        run_folder.read_wandb(savedir)
+    (savedir / "wandb.json").write_text(json.dumps({"id": "a", "entity": None, "project": "p"}))
+    assert run_folder.read_wandb(savedir)["id"] == "a"
+
+
 def test_damaged_lines_of_the_metrics_are_left_out(savedir):
     lines = [
         b'{"step": 1, "loss": 2.0}',

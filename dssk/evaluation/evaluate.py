@@ -34,7 +34,7 @@ from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize
 from dssk.run_folder import PREDICTIONS, SCORES, model_step
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
-from dssk.utils.files import only_writer, write_json
+from dssk.utils.files import only_writer, remove_left, write_json
 from dssk.utils.flags import nearest
 from dssk.utils.ranks import Ranks, join
 
@@ -280,6 +280,7 @@ def evaluate_checkpoint(
         if (step := model_step(folder)) is not None:
             scores["step"] = step
         if ranks.rank == 0:
+            remove_left(file)
             write_json(file, scores)
             discard_partial(predictions)
             print(f"{table(scores)}\n{file}")

@@ -122,6 +122,7 @@ def _prediction(questions: QuestionSet, row: int, answers: ByControl) -> Predict
 def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
     """The predictions of earlier runs, collected in the first rank's file; removes the files of other ranks."""
     files.make_folder(path.parent)
+    files.remove_left(path, _partial(path, 0))
     done = _read(path, settings)
     lines = [{"settings": settings}, *({"row": row, **prediction} for row, prediction in done.items())]
     files.write_text(_partial(path, 0), "".join(map(_checked_line, lines)))

@@ -18,6 +18,13 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        if not _is_printable(value):
+            raise ValueError("it holds a character that cannot be printed, which no command line takes")
+        return value
+
 
 class ToolkitResources(_Checked):
     """Resources of one toolkit job; a key that is None is left to the toolkit."""
@@ -181,6 +188,15 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(inner)
     elif value is not None and not isinstance(value, bool | int | float):
         raise ValueError(f"holds a {type(value).__name__}, want texts, numbers, lists and mappings")
+
+
+def _is_printable(value: Any) -> bool:
+    """Whether all texts in a value can be printed: no line ends, no null characters, no halves of surrogate pairs."""
+    if isinstance(value, Mapping):
+        return all(_is_printable(part) for pair in value.items() for part in pair)
+    if isinstance(value, Sequence | Set) and not isinstance(value, str):
+        return all(map(_is_printable, value))
+    return value.isprintable() if isinstance(value, str) else True
 
 
 def _fill(value: Any, user: str) -> Any:

@@ -6,7 +6,15 @@ from typing import Any
 
 from dssk.errors import DamagedData, DsskError
 from dssk.evaluation import by_number
-from dssk.run_folder import find_run, read_experiment, read_metrics, read_predictions, read_rows, read_scores
+from dssk.run_folder import (
+    checked_scores,
+    find_run,
+    read_experiment,
+    read_metrics,
+    read_predictions,
+    read_rows,
+    read_scores,
+)
 from dssk.utils.json_files import read_json
 
 
@@ -74,7 +82,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         run.data = data or sets[0]
         label = f"{run.data}-cross_attention"
         file = compared / f"scores-{label}.json"
-        run.scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
+        run.scores = checked_scores(read_json(file, dict).get("scores", {}), file) if file.is_file() else {}
         run.predictions = _answered(read_rows(compared / f"predictions-{label}.jsonl"))
     return run
 

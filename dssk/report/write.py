@@ -15,7 +15,7 @@ from dssk.report.page import render
 from dssk.report.run_files import RunFiles, read_run
 from dssk.run_folder import ATTENTION, REPORT
 from dssk.training.wandb_report import log_report
-from dssk.utils.files import only_writer, write_json, write_text
+from dssk.utils.files import only_writer, remove_left, write_json, write_text
 
 
 def write_report(
@@ -37,13 +37,14 @@ def _write(page: Path, files: RunFiles, run_dir: str, samples: int, command: Seq
     contents = Contents(files, samples)
     drawn = contents.figures()
     svgs = {name: figures.svg(figure) for name, figure in drawn.items()}
-    write_text(page, render(**contents.parts(run_dir), figures=svgs, command=shlex.join(command)))
-
     pngs = [page.with_name(f"{page.stem}-{name}.png") for name in drawn]
+    attention = page.with_name(ATTENTION)
+    remove_left(page, attention, *pngs)
+    write_text(page, render(**contents.parts(run_dir), figures=svgs, command=shlex.join(command)))
     for figure, png in zip(drawn.values(), pngs, strict=True):
         figures.write_png(figure, png)
     if found := contents.evidence:
-        write_json(page.with_name(ATTENTION), dataclasses.asdict(found))
+        write_json(attention, dataclasses.asdict(found))
         print(
             f"block {found.block + 1}, head {found.head + 1}: the most attended token lies inside the answer for "
             f"{found.share:.1%} of {found.n} correctly answered questions"

@@ -59,6 +59,8 @@ class FineTuning:
     seed: int
     questions_per_context: int = 1  # prompts of a step that share their context, which is then read once
     minutes: float | None = None  # CPU minutes after which training ends, with the learning rate come down
+    bf16: bool = False  # LoRA in mixed precision: the frozen base in bfloat16
+    attn_implementation: str | None = None  # None: transformers' choice
 
 
 def fine_tuned(
@@ -94,7 +96,9 @@ def _train(
         flush=True,
     )
     set_seed(settings.seed)
-    model = load_base(base_path, revision, dtype=torch.float32).requires_grad_(True)
+    dtype = torch.bfloat16 if settings.bf16 and settings.method == "lora" else torch.float32
+    how = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    model = load_base(base_path, revision, **how).requires_grad_(True)
     positions = window(model.config)
     if settings.method == "lora":
         rank = settings.lora_rank

@@ -129,6 +129,8 @@ class Systems:
             seed=wanted.seed,
             questions_per_context=experiment.get("questions_per_context", 1),
             minutes=wanted.minutes,
+            bf16=experiment.get("bf16", False),
+            attn_implementation=experiment.get("attn_implementation"),
         )
 
     @cached_property

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,8 +86,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
     Call it under a lock: what was left by one that was killed is removed first.
     """
-    for left in path.parent.glob(f"{TEMP_PREFIX}????????-{glob.escape(path.name)}"):
-        remove(left)
+    remove_left(path)
     temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         with machine_faults(path):
@@ -126,6 +126,13 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_left(*paths: Path) -> None:
+    """Remove what killed writers of these files or folders left beside them. Call it only under their lock."""
+    for path in paths:
+        for left in path.parent.glob(f"{TEMP_PREFIX}????????-{glob.escape(path.name)}"):
+            remove(left)
+
+
 def remove_temps(folder: Path) -> None:
     """Remove what writers that were killed left in `folder` and its folders. Call it only under the folder's lock."""
     for pattern in (f"{TEMP_PREFIX}*", f"*/{TEMP_PREFIX}*"):
@@ -158,9 +165,8 @@ def make_folder(folder: Path) -> None:
     try:
         with machine_faults(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f"{TEMP_PREFIX}{secrets.token_hex(4)}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder):  # without a name, where there can be such files
+                pass
     except OSError as error:  # such as a name that is too long, or a file system that takes no folders
         raise EnvironmentFault(f"cannot write {folder}: {error.strerror}: choose another folder") from error
 

@@ -147,11 +147,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(checkpoint, store_path,
     partial = path.with_name("predictions.partial.jsonl")
     assert len(partial.read_text().splitlines()) == 5
     partial.write_bytes(partial.read_bytes()[:-7])  # as a kill in the middle of a write leaves it
+    for name in ("predictions.jsonl", "predictions.partial.jsonl"):
+        path.with_name(f".tmp-0123abcd-{name}").touch()  # the same
     calls.clear()
     assert answer_all(questions, counting, path, {}, 2, alone) == whole
     assert len(calls) == len(questions) // 2 - 1
     assert f"dssk: 3 of {len(questions)} questions were answered before" in capsys.readouterr().err
     assert path.read_bytes() == (tmp_path / "a" / "predictions.jsonl").read_bytes()
+    assert not list(path.parent.glob(".tmp-*"))
 
 
 def test_long_contexts_make_smaller_batches(checkpoint, store_path, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ OF_LIBRARIES = {
     ".config",
     f"torchinductor_{getpass.getuser()}",
 }  # that matplotlib and torch leave in every home
+AT_EXIT = ("wandb-media", "wandb-artifacts")  # wandb removes them at exit, which forked processes leave out
 SPEAKS_OF_WORK = ("train", "preproc")  # what these print depends on how much there was to do, and how fast
 SIZE = re.compile(r"[\d.]+ ([kMG]?B)\b")  # of a whole folder, in which notes may differ
 Snapshot = dict[str, tuple]
@@ -242,7 +243,8 @@ def run_campaign(
             pool.shutdown(cancel_futures=True)
             raise
     for place in ("tmp", "home"):
-        left = sorted(path.name for path in (mine.folder / place).iterdir() if path.name not in OF_LIBRARIES)
+        names = [path.name for path in (mine.folder / place).iterdir()]
+        left = sorted(name for name in names if name not in OF_LIBRARIES and not name.endswith(AT_EXIT))
         if left:
             wrong.append(f"left in {place}: {left}")
             print(wrong[-1])

@@ -94,6 +94,11 @@ def test_slurms_options_are_words_of_their_own():
         ("toolkit", TOOLKIT | {"job_spec": {"env": [{"name": "HF_TOKEN", "value": "1"}]}}, "HF_TOKEN looks like"),
         ("toolkit", TOOLKIT | {"job_spec": {"env": [b"HF_TOKEN=1"]}}, "job_spec: holds a bytes, want texts"),
         ("toolkit", TOOLKIT | {"job_spec": {"env": iter(["HF_TOKEN=1"])}}, "job_spec: holds a list_iterator"),
+        ("slurm", {"account": "a\0b"}, r"account: it holds a character that cannot be printed"),
+        ("slurm", {"options": ["--exclusive", "--comment=\ud800"]}, "options: it holds a character"),
+        ("slurm", {"partition": "a\nb"}, "partition: it holds a character"),
+        ("toolkit", TOOLKIT | {"job_spec": {"a": [{"b\0": 1}]}}, "job_spec: it holds a character"),
+        ("toolkit", TOOLKIT | {"job_spec": {"a": frozenset({"b\0"})}}, "job_spec: it holds a character"),
         ("gcp", {}, "--job_scheduler is gcp, want toolkit or slurm"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from dssk.errors import DsskError
 from dssk.evaluation.attention import evidence
 from dssk.inference.loading import load_model
 from dssk.report.run_files import read_run
+from dssk.report.write import write_report
 from tests.report.conftest import experiment, write, write_lines
 
 
@@ -30,6 +31,18 @@ def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, t
     assert "dssk train" in page
     assert {file.name for file in tmp_path.iterdir()} == {"exp_dict.json", "report.html"}
     assert "no attention in this report: no model at" in capsys.readouterr().err
+
+
+def test_what_a_killed_report_left_is_removed(base_path, tmp_path):
+    write(tmp_path, "exp_dict.json", experiment(base_path))
+    write_lines(tmp_path, "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    left = [tmp_path / f".tmp-0123abcd-{name}" for name in ("report.html", "report-loss.png", "attention.json")]
+    training = tmp_path / ".tmp-0123abcd-status.json"
+    for path in (*left, training):
+        path.touch()
+    write_report(str(tmp_path), None, None, 1, None, ["dssk", "report"])
+    assert not any(path.exists() for path in left)
+    assert training.exists()
 
 
 def test_the_page_forbids_all_but_its_own_script(report):
