@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import Trainer
 
 from dssk.data.collate import Collator
 from dssk.evaluation.questions import Question
@@ -74,6 +75,22 @@ def test_every_weight_or_only_adapters_are_trained_and_kept(base, base_path, tok
     assert "step 3/3" in capsys.readouterr().out
     assert json.loads((tmp_path / "lora" / "settings.json").read_text())["settings"]["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "lora"]
+
+
+def test_adapters_train_in_fp32_on_a_base_in_bfloat16(base_path, tokenizer, tmp_path, monkeypatch):
+    seen = set()
+    step = Trainer.training_step
+
+    def looked_at(self, model, *args, **kwargs):
+        seen.update((parameter.requires_grad, parameter.dtype) for parameter in model.parameters())
+        seen.add(model.config._attn_implementation)
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", looked_at)
+    settings = replace(SETTINGS, method="lora", bf16=True, attn_implementation="eager")
+    model, _ = fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / "lora")
+    assert seen == {(True, torch.float32), (False, torch.bfloat16), "eager"}
+    assert model.dtype == torch.float32
 
 
 def test_prompts_that_share_their_context_learn_as_whole_ones_do(tokenizer, tmp_path):

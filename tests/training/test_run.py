@@ -16,6 +16,7 @@ from dssk.inference.loading import load_model
 from dssk.models.weights import is_cross_attn
 from dssk.store.dataset import load_rows
 from dssk.training.run import train
+from dssk.training.trainer import CrossAttnTrainer
 from tests.conftest import encode_rows, experiment, make_base, question_rows
 from tests.hub import model_hub
 from tests.training.conftest import command, logged, losses, runs_in, torchrun, weights
@@ -129,6 +130,21 @@ def test_encoding_in_the_training_step_equals_stored_encodings(run, store_path, 
     stored = losses(run(*flags, cross_attn_dropout_prob=0.0))
     online = losses(run(*flags, cross_attn_dropout_prob=0.0, encode_online=True))
     assert online == pytest.approx(stored, abs=0.02)  # what is stored is rounded to bfloat16
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, "sdpa"), ("eager", "eager")])
+def test_attention_is_computed_as_the_experiment_says(run, monkeypatch, asked, used):
+    seen = set()
+    step = CrossAttnTrainer.training_step
+
+    def looked_at(self, model, *args, **kwargs):
+        seen.add(model.config._attn_implementation)
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(CrossAttnTrainer, "training_step", looked_at)
+    folder = run("--steps", "1", "--log_every", "1", attn_implementation=asked)
+    assert seen == {used}
+    assert "attn_implementation" not in json.loads((folder / "final" / "config.json").read_text())
 
 
 def test_bfloat16_trains_fp32_blocks(run):
