@@ -164,7 +164,8 @@ class ExperimentConfig(BaseModel):
     bf16: bool = Field(description="mixed precision in bfloat16")
     attn_implementation: Literal["eager", "sdpa"] | None = Field(
         default=None,
-        description="attention in training: eager (written out; for bfloat16 on a CPU), sdpa; None: transformers' choice",
+        description="attention in training: eager (written out; for bfloat16 on a CPU) or sdpa; None: as transformers "
+        "chooses",
     )
     gradient_checkpointing: bool = Field(
         description="recompute activations in the backward pass: less memory"

@@ -181,7 +181,9 @@ def checked_scores(scores: dict[str, Any], file: Path) -> dict[str, Any]:
             try:
                 _Control.model_validate(row)
             except ValidationError as error:
-                raise DamagedData(f"{file} is damaged: {control}: {faults(error, _Control.model_fields)}") from None
+                raise DamagedData(
+                    f"{file} is damaged: {control}: {faults(error, _Control.model_fields)}"
+                ) from None
     return scores
 
 

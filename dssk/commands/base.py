@@ -90,6 +90,13 @@ def build_parser() -> Parser:
         metavar="WEIGHT",
         help="weight of the auxiliary loss that makes states keep their last tokens; 0.3 suits real text",
     )
+    add(
+        "--subject_weight",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="weight of the auxiliary loss that makes states keep the name of what a toy text is about",
+    )
     add("--seed", type=int, default=0, metavar="SEED", help="of text, weights and order of documents")
     return parser
 

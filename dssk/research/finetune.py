@@ -97,7 +97,7 @@ def _train(
     )
     set_seed(settings.seed)
     dtype = torch.bfloat16 if settings.bf16 and settings.method == "lora" else torch.float32
-    how = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     model = load_base(base_path, revision, **how).requires_grad_(True)
     positions = window(model.config)
     if settings.method == "lora":

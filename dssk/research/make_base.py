@@ -9,10 +9,10 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -40,8 +40,22 @@ from dssk.utils.files import atomic_folder, only_writer
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 SETTINGS_FILE = "make_base.json"
 TOY_PAGES = 3000
+MEMORY_TOKENS = 3  # that states have to keep with a `memory_weight`: their own and those before
+SUBJECT_TOKENS = 2  # of a name, with a `subject_weight`
+NAME_FLAG = 4.0  # of names in their embedding, as a multiple of its root mean square
+NAME_SHARE = 0.4
+NAME_SCORE, POSITION_SCORE = (
+    15.0,
+    0.5,
+)  # in the head that looks at names: of a name, and less of it for each token
 
-Page = tuple[str, list[tuple[str, str]]]  # a paragraph, and (question, answer) pairs about it
+
+class Page(NamedTuple):
+    """A paragraph and what is asked about it."""
+
+    paragraph: str
+    questions: list[tuple[str, str]]  # with their answers
+    subject: str = ""  # the name of what it is about, where that is known
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,8 @@ class Settings:
     steps: int
     batch_size: int  # documents
     learning_rate: float
-    memory_weight: float  # of a second loss (`Memory`); 0 for none
+    memory_weight: float  # of a loss by which states keep their last tokens; 0 for none
+    subject_weight: float  # of one by which they keep the name of what the text is about; 0 for none
     seed: int
     template_version: int = prompts.TEMPLATE_VERSION
 
@@ -68,10 +83,12 @@ class Settings:
                 f"--hidden_size {self.hidden_size} with --heads {self.heads}: want at least 2 heads, each an even "
                 "number of units wide"
             )
-        if self.steps < 0 or not self.learning_rate > 0 or not self.memory_weight >= 0:
+        weights = (self.memory_weight, self.subject_weight)
+        if self.steps < 0 or not self.learning_rate > 0 or not all(weight >= 0 for weight in weights):
             raise DsskError(
                 f"--steps {self.steps}, --learning_rate {self.learning_rate}, --memory_weight "
-                f"{self.memory_weight}: want a rate above 0, and none of them below 0"
+                f"{self.memory_weight}, --subject_weight {self.subject_weight}: want a rate above 0, and none of "
+                "them below 0"
             )
 
 
@@ -92,9 +109,10 @@ def make_base(output: Path, settings: Settings, pages: list[Page]) -> None:
         attn_pdrop=0.0,
         dtype="float32",
     )
-    model = build_base(config, settings.seed)
+    subjects = [subject_tokens(page, tokenizer) for page in pages] if settings.subject_weight else []
+    model = build_base(config, settings.seed, [sorted(set(words)) for words in zip(*subjects, strict=True)])
     documents = make_documents(pages, tokenizer, settings.positions, settings.seed)
-    train_language_model(model, documents, settings)
+    train_language_model(model, documents, settings, subjects)
     _save(output, model, tokenizer, settings)
 
 
@@ -123,12 +141,16 @@ def make_tokenizer(texts: list[str], vocab_size: int, lower_case: bool = False) 
     )
 
 
-def build_base(config: GPTBigCodeConfig, seed: int) -> GPTBigCodeForCausalLM:
+def build_base(
+    config: GPTBigCodeConfig, seed: int, names: Sequence[Sequence[int]] = ()
+) -> GPTBigCodeForCausalLM:
     """An untrained base with a structured first layer; the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTBigCodeForCausalLM(config)
     structured_init_(model, torch.Generator().manual_seed(seed))
+    if names:
+        look_at_names_(model, names)
     return model
 
 
@@ -173,6 +195,38 @@ def structured_init_(model: GPTBigCodeForCausalLM, generator: torch.Generator) -
     first.c_proj.weight.normal_(std=scale / math.sqrt(dim), generator=generator)
 
 
+@torch.no_grad()
+def look_at_names_(model: GPTBigCodeForCausalLM, names: Sequence[Sequence[int]]) -> None:
+    """Let the last heads of the first block look at names, wherever they stand: each at a word of them.
+
+    Later sentences say "the town": a state that is to tell whose it is has to find the name. `names` are the tokens
+    that begin names, those that go on with them, ... A unit of the key is for each, in place of one of the finest
+    sines; a name's embedding has it. The coarsest sine rises with the position, so that the first name counts most.
+    """
+    first = cast(GPTBigCodeAttention, model.transformer.h[0].attn)
+    hidden, dim = model.config.hidden_size, first.head_dim
+    positions, tokens = model.transformer.wpe.weight, model.transformer.wte.weight
+    query = first.c_attn.weight[:hidden].view(-1, dim, hidden)  # (H, D, d)
+    bias = first.c_attn.bias[:hidden].view(-1, dim)
+    scale = positions[0, 0] / math.sqrt(2)
+    slope = math.asin(float(positions[1, dim // 2] / positions[0, 0]))  # of the coarsest sine
+    for number, words in enumerate(names, start=1):
+        head, unit = -number, dim - number
+        pair = torch.tensor([unit - dim // 2, unit])
+        positions[:, pair] = 0.0
+        query[:, pair] = 0.0
+        tokens[torch.tensor(words), unit] = NAME_FLAG * scale
+        query[head] = 0.0
+        bias[head, unit] = NAME_SCORE * math.sqrt(dim) / NAME_FLAG
+        bias[head, dim // 2] = -POSITION_SCORE * math.sqrt(dim / 2) / slope
+        first.c_proj.weight.view(hidden, -1, dim)[:, head] *= NAME_SHARE
+
+
+def subject_tokens(page: Page, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first token of each of the first two words of what a page is about, inside of a sentence."""
+    return [tokenizer(f" {word}")["input_ids"][0] for word in page.subject.split()[:SUBJECT_TOKENS]]
+
+
 def make_documents(
     pages: list[Page], tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int
 ) -> list[list[int]]:
@@ -184,7 +238,7 @@ def make_documents(
     rng = np.random.default_rng(seed)
     eos = tokenizer.eos_token or ""
     texts = []
-    for paragraph, questions in pages:
+    for paragraph, questions, _ in pages:
         dice = rng.random()
         repeats = 0 if dice < 0.1 else 1 if dice < 0.5 else 2
         asked = [prompts.question(question) + prompts.answer(answer) + eos for question, answer in questions]
@@ -193,22 +247,35 @@ def make_documents(
 
 
 def train_language_model(
-    model: GPTBigCodeForCausalLM, documents: list[list[int]], settings: Settings
+    model: GPTBigCodeForCausalLM,
+    documents: list[list[int]],
+    settings: Settings,
+    subjects: list[list[int]] | None = None,
 ) -> float:
     """Train on the next token of the documents; returns the mean loss of the last tenth of the steps.
 
-    With a `memory_weight` the states also have to keep what the structured first layer gives them (`Memory`),
-    and that layer's attention stays as it is: on real text the language model would else wear it away.
+    With a `memory_weight` the states also have to keep what the structured first layer gives them, and that layer's
+    attention stays as it is: on real text the language model would else wear it away. With a `subject_weight` they have
+    to keep the `subjects` of their documents, tokens of its name each.
     """
     if not settings.steps:
         return math.nan
-    memory = Memory(model.config.hidden_size, settings.seed) if settings.memory_weight else None
+    hidden = model.config.hidden_size
+    memory = Recall(hidden, MEMORY_TOKENS, settings.seed) if settings.memory_weight else None
+    subject = Recall(hidden, SUBJECT_TOKENS, settings.seed) if subjects else None
     if memory is not None:
         first = cast(GPTBigCodeBlock, model.transformer.h[0])
         for module in (model.transformer.wpe, first.ln_1, first.attn):
             module.requires_grad_(False)
-    parameters = [*model.parameters(), *(memory.parameters() if memory is not None else ())]
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if subject is not None:  # what the heads that look at names go by
+        dim = hidden // model.config.num_attention_heads
+        model.transformer.wte.weight.register_hook(
+            lambda gradient: gradient.index_fill(1, torch.arange(dim), 0.0)
+        )
+    readers = [
+        parameter for recall in (memory, subject) if recall is not None for parameter in recall.parameters()
+    ]
+    trained = [parameter for parameter in (*model.parameters(), *readers) if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, settings.steps // 10, settings.steps)
     batches = _batches(documents, settings.batch_size, np.random.default_rng(settings.seed))
@@ -216,14 +283,17 @@ def train_language_model(
     model.train()
     progress = tqdm(range(settings.steps), desc="language model", unit="step", disable=None)
     for _ in progress:
-        input_ids, labels = next(batches)  # (B, T), (B, T)
+        input_ids, labels, numbers = next(batches)  # (B, T), (B, T), (B,)
         states = model.transformer(input_ids, use_cache=False).last_hidden_state  # (B, T, d)
         loss = nn.functional.cross_entropy(
             model.lm_head(states[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
         )
         losses.append(loss.item())
         if memory is not None:
-            loss = loss + settings.memory_weight * memory(states, labels, model.lm_head)
+            loss = loss + settings.memory_weight * memory(states, last_tokens(labels), model.lm_head)
+        if subject is not None and subjects:
+            named = torch.tensor([subjects[number] for number in numbers])
+            loss = loss + settings.subject_weight * subject(states, once_named(labels, named), model.lm_head)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -238,43 +308,58 @@ def train_language_model(
     return final
 
 
-class Memory(nn.Module):
-    """How badly the last hidden states tell their own token and the two before it: a second training loss.
+def last_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Each position's own token and those before it (B, T, MEMORY_TOKENS), of labels (B, T); -100 = none."""
+    shifted = [
+        nn.functional.pad(labels, (back, 0), value=-100)[:, : labels.shape[1]]
+        for back in range(MEMORY_TOKENS)
+    ]
+    told = torch.stack(shifted, dim=-1)
+    return told.masked_fill((told < 0).any(-1, keepdim=True), -100)
 
-    One linear reader for each of the three, thrown away afterwards, guesses the token through the LM head. A
-    random few hundred positions of a batch are enough, so it costs next to nothing.
+
+def once_named(labels: torch.Tensor, subjects: torch.Tensor) -> torch.Tensor:
+    """The tokens `subjects` (B, n) at each position (B, T, n) from where the last of them first stands; -100 before."""
+    named = (labels == subjects[:, -1:]).cumsum(1).bool() & (labels >= 0)
+    return torch.where(named[..., None], subjects[:, None], -100)
+
+
+class Recall(nn.Module):
+    """How badly the last hidden states tell tokens of before: a second training loss.
+
+    One linear reader for each of `num_tokens`, thrown away afterwards, guesses it through the LM head. A random few
+    hundred positions of a batch are enough, so it costs next to nothing.
     """
 
-    num_tokens, num_positions = 3, 384
+    num_positions = 384
 
-    def __init__(self, hidden_size: int, seed: int):
+    def __init__(self, hidden_size: int, num_tokens: int, seed: int):
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
         self.readers = nn.ParameterList(
             nn.init.normal_(
                 torch.empty(hidden_size, hidden_size), std=hidden_size**-0.5, generator=self.generator
             )
-            for _ in range(self.num_tokens)
+            for _ in range(num_tokens)
         )
 
-    def forward(self, states: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
-        """The readers' summed cross-entropy on states (B, T, d) of tokens `labels` (B, T; -100 = padding)."""
-        first = self.num_tokens - 1
-        rows, columns = (labels[:, first:] >= 0).nonzero(as_tuple=True)
+    def forward(self, states: torch.Tensor, told: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
+        """The readers' summed cross-entropy on states (B, T, d) that are to tell tokens (B, T, n; -100 = none)."""
+        rows, columns = (told[..., 0] >= 0).nonzero(as_tuple=True)
         drawn = torch.randint(len(rows), (self.num_positions,), generator=self.generator)
-        rows, columns = rows[drawn], columns[drawn] + first
+        rows, columns = rows[drawn], columns[drawn]
         chosen = states[rows, columns]
         losses = [
-            nn.functional.cross_entropy(lm_head(chosen @ reader), labels[rows, columns - back])
-            for back, reader in enumerate(self.readers)
+            nn.functional.cross_entropy(lm_head(chosen @ reader), told[rows, columns, number])
+            for number, reader in enumerate(self.readers)
         ]
         return torch.stack(losses).sum()
 
 
 def _batches(
     documents: list[list[int]], batch_size: int, rng: np.random.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless shuffled batches of documents of like length: (input_ids, labels), padded on the right."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """Endless shuffled batches of documents of like length: (input_ids, labels), padded on the right, and which."""
     while True:
         order = rng.permutation(len(documents))
         by_length = [
@@ -285,7 +370,11 @@ def _batches(
         for index in rng.permutation(len(batches)):
             rows = [torch.tensor(documents[i]) for i in batches[index]]
             labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-            yield labels.clamp(min=0), labels  # what stands at padding is never read: it is on the right
+            yield (
+                labels.clamp(min=0),
+                labels,
+                batches[index],
+            )  # what stands at padding is never read: it is on the right
 
 
 def read_pages(paths: list[Path]) -> list[Page]:
@@ -306,15 +395,15 @@ def read_pages(paths: list[Path]) -> list[Page]:
         print(f"dssk: {short(said)}", file=sys.stderr)
     if not pages:
         raise DsskError(f"no usable row in {paths[0]}: want rows of context, question and answer")
-    return list(pages.items())
+    return [Page(context, questions) for context, questions in pages.items()]
 
 
 def _tokenizer(settings: Settings, pages: list[Page]) -> PreTrainedTokenizerBase:
     kind, _, size = settings.tokenizer.partition(":")
     if kind != "bpe":
         return load_tokenizer(settings.tokenizer)
-    texts = [prompts.context(paragraph) for paragraph, _ in pages]
-    for _, questions in pages:
+    texts = [prompts.context(page.paragraph) for page in pages]
+    for _, questions, _ in pages:
         texts += [prompts.question(question) + prompts.answer(answer) for question, answer in questions]
     return make_tokenizer(texts, int(size), settings.lower_case)
 
@@ -336,6 +425,7 @@ def _finished(output: Path, settings: Settings) -> bool:
         found = json.loads((output / SETTINGS_FILE).read_text())
     except OSError:
         raise DsskError(f"{output} exists and is no base made here: choose another --output") from None
+    found = {"subject_weight": 0.0, **found}  # older bases do not name it
     wanted = json.loads(json.dumps(asdict(settings)))
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
@@ -350,11 +440,13 @@ def _finished(output: Path, settings: Settings) -> bool:
 def make_base_of(args: Namespace) -> None:
     """Do what the flags of `dssk base` say, unless the folder holds that base already."""
     if args.text:
+        if args.subject_weight:
+            raise DsskError("--subject_weight is for --dataset toy: no file says what its texts are about")
         pages = read_pages(args.text)
         source = tuple(file_fingerprint(path) for path in args.text)
     else:
         source = ("toy",)
-        pages = toy.pages(TOY_PAGES, args.seed)
+        pages = [Page(*page) for page in toy.pages(TOY_PAGES, args.seed)]
     settings = Settings(
         source=source, **{k: v for k, v in vars(args).items() if k in Settings.__annotations__}
     )

@@ -276,14 +276,15 @@ def _rows(split: str, count: int, seed: int) -> Iterator[dict]:
         yield _row(split, index, seed)
 
 
-def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Paragraphs of the train split with four (question, answer) pairs each: text to make a base of."""
+def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """Paragraphs of the train split, with four (question, answer) pairs and the name each: text to make a base of."""
     found = []
     for index in range(num_pages):
         rng = np.random.default_rng([seed, len(SPLITS), index])  # none of the streams of `generate`
         paragraph = make_paragraph("train", rng)
         questions = [make_question(paragraph, rng) for _ in range(4)]
-        found.append((paragraph.text, [(question.text, question.answer) for question in questions]))
+        asked = [(question.text, question.answer) for question in questions]
+        found.append((paragraph.text, asked, paragraph.name))
     return found
 
 

@@ -192,7 +192,7 @@ def check_without_val(cfg: ExperimentConfig) -> None:
 def build_model(cfg: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> CrossAttnForCausalLM:
     """The base with new blocks. In mixed precision the frozen base is kept in half, the blocks in fp32."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16 if cfg.bf16 else torch.float32
-    how = {"dtype": dtype, "attn_implementation": cfg.attn_implementation}
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": cfg.attn_implementation}
     model = from_base(cfg.model_path, **how, **estimate.model_fields(cfg))
     for module in model.trained_modules:
         module.float()

@@ -36,7 +36,9 @@ def test_what_is_missing_is_left_out_with_the_command_that_makes_it(base_path, t
 def test_what_a_killed_report_left_is_removed(base_path, tmp_path):
     write(tmp_path, "exp_dict.json", experiment(base_path))
     write_lines(tmp_path, "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
-    left = [tmp_path / f".tmp-0123abcd-{name}" for name in ("report.html", "report-loss.png", "attention.json")]
+    left = [
+        tmp_path / f".tmp-0123abcd-{name}" for name in ("report.html", "report-loss.png", "attention.json")
+    ]
     training = tmp_path / ".tmp-0123abcd-status.json"
     for path in (*left, training):
         path.touch()

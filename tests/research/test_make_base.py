@@ -13,7 +13,17 @@ from dssk.errors import DsskError, EnvironmentFault
 from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import FIM_TOKENS, load_tokenizer
 from dssk.research import make_base, toy
-from dssk.research.make_base import Memory, build_base, make_documents, make_tokenizer, read_pages
+from dssk.research.make_base import (
+    Page,
+    Recall,
+    build_base,
+    last_tokens,
+    make_documents,
+    make_tokenizer,
+    once_named,
+    read_pages,
+    subject_tokens,
+)
 from tests.conftest import NO_SHARED_DATA, SHARED_DATA
 
 STARCODER_TOKENIZER = SHARED_DATA / "starcoder_tokenizer"
@@ -21,12 +31,12 @@ STARCODER_TOKENIZER = SHARED_DATA / "starcoder_tokenizer"
 
 @pytest.fixture(scope="module")
 def pages():
-    return toy.pages(300, seed=0)
+    return [Page(*page) for page in toy.pages(300, seed=0)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(pages):
-    return make_tokenizer([paragraph for paragraph, _ in pages], vocab_size=400)
+    return make_tokenizer([page.paragraph for page in pages], vocab_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +112,55 @@ def test_a_memory_weight_leaves_the_previous_token_heads_as_they_were(tmp_path):
 
 
 @torch.no_grad()
-def test_memory_is_perfect_where_a_reader_finds_each_token(tokens):
+def test_recall_is_perfect_where_a_reader_finds_each_token(tokens):
     ids = tokens(2, 10)
     one_hot = torch.nn.functional.one_hot(ids, 300).float()
     states = torch.cat(
         [one_hot.roll(back, dims=1) for back in range(3)], dim=-1
     )  # own, previous, the one before
-    memory = Memory(hidden_size=900, seed=0)
-    for back, reader in enumerate(memory.readers):
+    recall = Recall(hidden_size=900, num_tokens=3, seed=0)
+    for back, reader in enumerate(recall.readers):
         reader.copy_(torch.eye(900).roll(-300 * back, dims=1))
     labels = ids.clone()
     labels[1, 6:] = -100
     lm_head = torch.nn.Linear(900, 300, bias=False)
     lm_head.weight.copy_(50 * torch.eye(300, 900))
-    assert memory(states, labels, lm_head) < 1e-6
-    assert memory(states.roll(1, dims=1), labels, lm_head) > 10
+    assert recall(states, last_tokens(labels), lm_head) < 1e-6
+    assert recall(states.roll(1, dims=1), last_tokens(labels), lm_head) > 10
+
+
+def test_states_keep_a_name_from_where_it_first_stands():
+    labels = torch.tensor([[5, 7, 8, 6, 8], [7, 5, 9, 9, -100]])
+    named = once_named(labels, torch.tensor([[7, 8], [5, 9]]))
+    assert (named[..., 0] >= 0).tolist() == [
+        [False, False, True, True, True],
+        [False, False, True, True, False],
+    ]
+    assert named[0, 2:].unique(dim=0).tolist() == [[7, 8]]
+    assert named[1, 2:4].unique(dim=0).tolist() == [[5, 9]]
+
+
+@torch.no_grad()
+def test_two_heads_look_at_the_first_name_of_a_text(pages):
+    texts = [prompts.context(paragraph) for paragraph, _, _ in toy.pages(3000, seed=0)]
+    tokenizer = make_tokenizer(
+        texts, vocab_size=768
+    )  # each word of a name is a token, as in the embedded default
+    subjects = [subject_tokens(page, tokenizer) for page in pages]
+    assert tokenizer.decode(subjects[0]) == " " + " ".join(pages[0].subject.split()[:2])
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 160, "n_head": 5, "n_layer": 1, "n_positions": 256}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPTBigCodeConfig(**sizes, attn_implementation="eager")
+    names = [sorted(set(words)) for words in zip(*subjects, strict=True)]
+    first, plain = build_base(config, 0, names).eval(), build_base(config, 0).eval()
+    found, back = [], []
+    for page, (begin, end) in zip(pages, subjects, strict=True):
+        ids = tokenizer(prompts.context(page.paragraph), return_tensors="pt")["input_ids"]
+        weights = first(ids, output_attentions=True).attentions[0][0, :, -1]  # (H, T)
+        found += [ids[0, weights[4].argmax()] == begin, ids[0, weights[3].argmax()] == end]
+        back += [(weights[0] - plain(ids, output_attentions=True).attentions[0][0, 0, -1]).abs().max()]
+    assert sum(found) / len(found) > 0.9
+    assert max(back) < 0.1  # the others look back as before
 
 
 def test_the_embedded_default_is_an_ordinary_small_checkpoint(made):
@@ -162,14 +206,14 @@ def test_the_tokenizer_splits_digits_as_starcoder_does(tokenizer):
 
 
 def test_a_lower_casing_tokenizer_reads_both_cases_alike(pages):
-    tokenizer = make_tokenizer([paragraph for paragraph, _ in pages], vocab_size=400, lower_case=True)
+    tokenizer = make_tokenizer([page.paragraph for page in pages], vocab_size=400, lower_case=True)
     assert tokenizer("Amber FALLS")["input_ids"] == tokenizer("amber falls")["input_ids"]
 
 
 def test_documents_hold_the_strings_the_decoder_will_read(pages, tokenizer):
     documents = [tokenizer.decode(ids) for ids in make_documents(pages, tokenizer, 10_000, seed=0)]
     repeats = []
-    for document, (paragraph, questions) in zip(documents, pages, strict=True):
+    for document, (paragraph, questions, _) in zip(documents, pages, strict=True):
         for question, answer in questions:
             assert prompts.question(question) + prompts.answer(answer) + "<|endoftext|>" in document
         repeats.append(document.count(prompts.context(paragraph) + "<|endoftext|>"))
@@ -190,8 +234,8 @@ def test_questions_about_one_context_share_a_page(tmp_path):
     path = tmp_path / "qa.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     assert read_pages([path]) == [
-        ("One .", [("a", "x"), ("c", prompts.NOT_IN_CONTEXT)]),
-        ("Two .", [("b", "z")]),
+        Page("One .", [("a", "x"), ("c", prompts.NOT_IN_CONTEXT)]),
+        Page("Two .", [("b", "z")]),
     ]
 
 
@@ -202,7 +246,7 @@ def test_malformed_rows_are_left_out_and_named(tmp_path, capsys):
     ]
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
-    assert read_pages([path]) == [("Two .", [("b", "z")])]
+    assert read_pages([path]) == [Page("Two .", [("b", "z")])]
     said = "dssk: 2 malformed rows are left out, the first qa.jsonl:1: question is int, want text\n"
     assert capsys.readouterr().err == said
 
@@ -251,7 +295,11 @@ def test_a_wrong_flag_exits_with_one_line(tmp_path, capsys, flags, message):
         (["--hidden_size", "130"], "--hidden_size 130 with --heads 4: want at least 2 heads, each an even"),
         (["--heads", "1"], "--hidden_size 128 with --heads 1: want at least 2 heads"),
         (["--steps", "-1"], "--steps -1, --learning_rate 0.001"),
-        (["--memory_weight", "-1"], "--memory_weight -1.0: want a rate above 0, and none of them below 0"),
+        (["--subject_weight", "-1"], "--subject_weight -1.0: want a rate above 0, and none of them below 0"),
+        (
+            ["--memory_weight", "-1"],
+            "--memory_weight -1.0, --subject_weight 0.0: want a rate above 0, and none of them below 0",
+        ),
         (["--learning_rate", "nan"], "want a rate above 0"),
     ],
 )

@@ -83,7 +83,7 @@ def test_train_and_val_share_no_paragraph_and_no_subject_whatever_the_seeds():
     assert not {paragraph(row) for row in train} & {paragraph(row) for row in val}
     assert not {row["document"]["title"] for row in train} & {row["document"]["title"] for row in val}
     val_names = {row["document"]["title"] for row in val}
-    for _, questions in toy.pages(1000, seed=0):
+    for _, questions, _ in toy.pages(1000, seed=0):
         for question, answer in questions:
             if answer not in (prompts.YES, prompts.NO):  # those name a value too, which may be anything
                 assert not any(name in question for name in val_names)
@@ -140,8 +140,9 @@ def test_a_yes_or_no_question_is_answered_by_the_paragraph():
 
 
 def test_pages_hold_the_answers_to_their_questions():
-    for text, questions in toy.pages(200, seed=0):
+    for text, questions, name in toy.pages(200, seed=0):
         assert len(questions) == 4
+        assert name in text
         for _, answer in questions:
             assert answer in text or answer in (prompts.YES, prompts.NO, prompts.NOT_IN_CONTEXT)
 

@@ -166,7 +166,11 @@ def test_only_our_own_temporary_files_are_removed(tmp_path):
 
 def test_what_killed_writers_of_a_file_left_is_removed_and_nothing_of_others(tmp_path):
     ours = [tmp_path / ".tmp-0123abcd-a.png", tmp_path / ".tmp-0123abcd-b[1].png"]
-    others = [tmp_path / ".tmp-0123abcd-ba.png", tmp_path / ".tmp-mine-a.png", tmp_path / ".tmp-0123abcd-b1.png"]
+    others = [
+        tmp_path / ".tmp-0123abcd-ba.png",
+        tmp_path / ".tmp-mine-a.png",
+        tmp_path / ".tmp-0123abcd-b1.png",
+    ]
     for path in ours + others:
         path.touch()
     files.remove_left(tmp_path / "a.png", tmp_path / "b[1].png", tmp_path / "nowhere" / "c.png")
