@@ -89,7 +89,7 @@ EXP_GROUPS = {
             **TINY_CONFIG,
             "num_contexts": [[1, 4]],
             "distractors": {"neighbours": 1.0, "random": 1.0},
-            "gold_missing": 0.1,
+            "gold_missing": 0.2,
             "contexts_warmup": 2,
         }
     ],
