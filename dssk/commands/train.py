@@ -139,11 +139,15 @@ def line_in(error: BaseException, file: Path) -> int | None:
 def list_groups(groups: Groups) -> str:
     """The experiment groups, one a line."""
     width = max(map(len, groups))
-    return "\n".join(
-        f"{name:{width}}  {get('model_path')}, {get('num_cross_attn_layers')} blocks at stride "
-        f"{get('cross_attn_layers_stride')}, {get('context_size')} tokens"
-        for name, get in ((name, experiments[0].get) for name, experiments in groups.items())
-    )
+    return "\n".join(f"{name:{width}}  {_summary(first)}" for name, (first, *_) in groups.items())
+
+
+def _summary(exp_dict: dict[str, Any]) -> str:
+    get = exp_dict.get
+    reader = f"{get('num_cross_attn_layers')} blocks at stride {get('cross_attn_layers_stride')}"
+    if get("reader") == "merged":
+        reader = f"merged, from states of layer {get('encode_layer')}"
+    return f"{get('model_path')}, {reader}, {get('context_size')} tokens"
 
 
 # --- the flags --------------------------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ def _row(place: str, value: Any) -> ContextRow:
     if column is None or not isinstance(value[column], str):
         wanted = f"a text as {' or '.join(map(repr, TEXT_COLUMNS))}"
         raise DsskError(f"{place}: want {wanted}, with 'id' and 'title' at will")
-    text = value[column]
+    text, id, title = value[column], value.get("id"), value.get("title")
     try:
-        text.encode()
+        row = ContextRow(str(content_id(text) if id in (None, "") else id), str(title or ""), text)
+        "".join(row).encode()
     except UnicodeEncodeError:  # JSON can say half a character
         raise DsskError(f"{place}: a lone surrogate, which is no text") from None
-    id, title = value.get("id"), value.get("title")
-    return ContextRow(str(content_id(text) if id in (None, "") else id), str(title or ""), text)
+    return row

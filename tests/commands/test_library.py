@@ -88,6 +88,8 @@ def test_a_text_may_be_packed_and_have_a_byte_order_mark(folder, tmp_path, comma
         ("a.jsonl", b'{"context": "fine"}\n{"context": [1]}\n', "a.jsonl:2: want a text"),
         ("a.jsonl", b'{"context": "fine"}\n[\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"context": "\\ud800"}\n', "a.jsonl:1: a lone surrogate"),
+        ("a.jsonl", b'{"context": "fine", "title": "\\ud800"}\n', "a.jsonl:1: a lone surrogate"),
+        ("a.jsonl", b'{"context": "fine", "id": "\\ud800"}\n', "a.jsonl:1: a lone surrogate"),
         ("a.jsonl", b'{"context": "x"}\n{"context": "x"}\n', "has a context"),
     ],
 )

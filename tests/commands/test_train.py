@@ -31,9 +31,10 @@ def test_list_reads_the_file_of_the_flag(here, capsys):
     layout = (
         '{"model_path": "m", "num_cross_attn_layers": 1, "cross_attn_layers_stride": 2, "context_size": 8}'
     )
-    (here / "mine.py").write_text(f"import beside\nEXP_GROUPS = {{beside.NAME: [{layout}]}}")
+    merged = '{"model_path": "m", "reader": "merged", "encode_layer": 18, "context_size": 8}'
+    (here / "mine.py").write_text(f"import beside\nEXP_GROUPS = {{beside.NAME: [{layout}], 'b': [{merged}]}}")
     (here / "beside.py").write_text("NAME = 'mine'")
-    expected = "mine  m, 1 blocks at stride 2, 8 tokens\n"
+    expected = "mine  m, 1 blocks at stride 2, 8 tokens\nb     m, merged, from states of layer 18, 8 tokens\n"
     assert said(capsys, ["--list", "--exp_configs", "mine.py"], 0, groups=EXP_GROUPS) == expected
 
 
