@@ -33,7 +33,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "contexts.json"
 GROUPS = {"toy": "crossattn_tiny_contexts", "toy_one": "crossattn_tiny"}
 # A base whose states keep the name of their text: no reader of those of `make demo` can tell whose a sentence is.
-TOY_BASE = ["--hidden_size", 160, "--heads", 5, "--steps", 400, "--memory_weight", 0.3, "--subject_weight", 0.3]
+TOY_BASE = [
+    "--hidden_size",
+    160,
+    "--heads",
+    5,
+    "--steps",
+    400,
+    "--memory_weight",
+    0.3,
+    "--subject_weight",
+    0.3,
+]
 
 
 def dssk(*words: object) -> None:

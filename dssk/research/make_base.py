@@ -43,11 +43,9 @@ TOY_PAGES = 3000
 MEMORY_TOKENS = 3  # that states have to keep with a `memory_weight`: their own and those before
 SUBJECT_TOKENS = 2  # of a name, with a `subject_weight`
 NAME_FLAG = 4.0  # of names in their embedding, as a multiple of its root mean square
-NAME_SHARE = 0.4
-NAME_SCORE, POSITION_SCORE = (
-    15.0,
-    0.5,
-)  # in the head that looks at names: of a name, and less of it for each token
+# Of the heads that look at names: the score of a name, how much less it is for each token before it, and the share of
+# what they add to a state, beside that of the other heads.
+NAME_SCORE, POSITION_SCORE, NAME_SHARE = 15.0, 0.5, 0.4
 
 
 class Page(NamedTuple):
@@ -82,6 +80,11 @@ class Settings:
             raise DsskError(
                 f"--hidden_size {self.hidden_size} with --heads {self.heads}: want at least 2 heads, each an even "
                 "number of units wide"
+            )
+        if self.subject_weight and (self.heads < SUBJECT_TOKENS + 2 or self.hidden_size // self.heads < 8):
+            raise DsskError(
+                f"--subject_weight with --heads {self.heads} of {self.hidden_size // self.heads} units: two heads look "
+                "at names, want two more, and at least 8 units each"
             )
         weights = (self.memory_weight, self.subject_weight)
         if self.steps < 0 or not self.learning_rate > 0 or not all(weight >= 0 for weight in weights):
@@ -370,11 +373,8 @@ def _batches(
         for index in rng.permutation(len(batches)):
             rows = [torch.tensor(documents[i]) for i in batches[index]]
             labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-            yield (
-                labels.clamp(min=0),
-                labels,
-                batches[index],
-            )  # what stands at padding is never read: it is on the right
+            # What stands at padding is never read: it is on the right.
+            yield labels.clamp(min=0), labels, batches[index]
 
 
 def read_pages(paths: list[Path]) -> list[Page]:

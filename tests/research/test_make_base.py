@@ -294,6 +294,11 @@ def test_a_wrong_flag_exits_with_one_line(tmp_path, capsys, flags, message):
     [
         (["--hidden_size", "130"], "--hidden_size 130 with --heads 4: want at least 2 heads, each an even"),
         (["--heads", "1"], "--hidden_size 128 with --heads 1: want at least 2 heads"),
+        (
+            ["--heads", "2", "--subject_weight", "1"],
+            "--heads 2 of 64 units: two heads look at names, want two more",
+        ),
+        (["--hidden_size", "16", "--subject_weight", "1"], "--heads 4 of 4 units: .* at least 8 units each"),
         (["--steps", "-1"], "--steps -1, --learning_rate 0.001"),
         (["--subject_weight", "-1"], "--subject_weight -1.0: want a rate above 0, and none of them below 0"),
         (
