@@ -47,4 +47,4 @@ def _origin(folder: Path) -> dict:
         manifest = load_manifest(folder)
     except DsskError:  # a fused model of other origin
         return {}
-    return {key: manifest[key] for key in ("step", "experiment") if key in manifest}
+    return {key: manifest[key] for key in ("step", "experiment", "base_fingerprint") if key in manifest}

@@ -1,5 +1,6 @@
 """The tokenizer: loading it, with the one decision about padding and end of text, and the prompts as its tokens."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     is_on_hub(str(path), "tokenizer")  # refuses what is neither there nor here
     with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        # JSON can say half a character, which could not be saved again.
+        json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()
     if tokenizer.eos_token_id is None:
         raise DsskError(
             f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json"

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from dssk import checkpoint
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.fingerprint import is_model, tokenizer_hash
 from dssk.inference.loading import load_base_config
@@ -81,7 +82,9 @@ def check_model(
         difference = f"hidden size {width}, not {config.hidden_size}"
     elif tokenizer_hash(tokenizer) != encoding.tokenizer_hash:
         difference = "another tokenizer"
-    elif not is_model(encoding.model_fingerprint, model_path, config, revision):
+    elif encoding.model_fingerprint != _trained_on(model_path) and not is_model(
+        encoding.model_fingerprint, model_path, config, revision
+    ):
         difference = "other weights"
     elif template_version(tokenizer) != encoding.template_version:
         raise DsskError(
@@ -99,6 +102,13 @@ def check_model(
         f"contexts were encoded by {encoding.model_id} ({difference}), the model is {model_path}: train that model, "
         "or encode the contexts again with this one"
     )
+
+
+def _trained_on(model_path: str | Path) -> str | None:
+    """The fingerprint of the base that a fused model was trained on; in mixed precision its own weights are rounded."""
+    folder = Path(model_path)
+    known = (folder / checkpoint.MANIFEST).is_file()
+    return checkpoint.load_manifest(folder).get("base_fingerprint") if known else None
 
 
 def check_sizes(path: str | Path, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dssk.errors import DsskError
+from dssk.errors import DsskError, short
 from dssk.run_folder import WANDB, read_wandb
 from dssk.training.answers import AnswerScorer
 from dssk.training.flags import RunArgs
@@ -91,6 +91,7 @@ class WandbReport(TrainerCallback):
 def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any] | None = None) -> Any:
     """Start or continue the wandb run of a run's folder; `where` has its entity, project and name."""
     import wandb
+    from wandb.errors import UsageError
 
     earlier = read_wandb(savedir).get("id")
     run_id = earlier or secrets.token_hex(4)
@@ -108,17 +109,20 @@ def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any
         x_disable_meta=True,  # it holds the command line and the environment
         x_disable_stats=True,
     )
-    return wandb.init(
-        entity=where["entity"],
-        project=where["project"],
-        name=where["name"],
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        dir=savedir,
-        config=config,
-        mode=mode,
-        settings=settings,
-    )
+    try:
+        return wandb.init(
+            entity=where["entity"],
+            project=where["project"],
+            name=where["name"],
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=savedir,
+            config=config,
+            mode=mode,
+            settings=settings,
+        )
+    except UsageError as error:  # such as a name that is too long
+        raise DsskError(f"W&B refuses what {savedir / WANDB} says: {short(str(error))}") from None
 
 
 def log_report(savedir: Path, page: Path, images: Sequence[Path]) -> None:

@@ -1,11 +1,13 @@
 """One rule for special tokens: which stand first, which pads, which are for fill-in-the-middle."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dssk import prompts
-from dssk.errors import DsskError
+from dssk.errors import DamagedData, DsskError
 from dssk.inference.tokenizer import (
     fim_ids,
     leading_ids,
@@ -16,7 +18,7 @@ from dssk.inference.tokenizer import (
     tokenize_question,
     tokenize_question_after_context,
 )
-from tests.conftest import NO_SHARED_DATA, SHARED_DATA
+from tests.conftest import NO_SHARED_DATA, SHARED_DATA, byte_tokenizer
 
 
 def made(tmp_path, special=(), leading=(), trailing=(), **named):
@@ -126,3 +128,11 @@ def test_the_real_starcoder_tokenizers(name):
     assert (tokenizer.pad_token, tokenizer.eos_token_id, fim_ids(tokenizer)) == ("<fim_pad>", 0, (1, 2, 3))
     assert leading_ids(tokenizer) == []
     assert template_version(tokenizer) == 1
+
+
+def test_settings_that_are_no_text_are_refused(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "\ud800": "a"}))
+    with pytest.raises(DamagedData, match="the tokenizer at .* cannot be loaded: .*surrogates"):
+        load_tokenizer(tmp_path)

@@ -110,6 +110,15 @@ def test_the_report_is_added_to_the_wandb_run(run_folder, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "wandb.json").read_text())["id"] == "abc"
 
 
+def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path, "exp_dict.json", {"model_path": "base"})
+    write_lines(tmp_path, "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    write(tmp_path, "wandb.json", {"id": "abc", "entity": "e", "project": "p" * 200, "name": None})
+    with pytest.raises(DsskError, match=r"W&B refuses what .*wandb.json says: .*128 characters"):
+        command.main([str(tmp_path)])
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(DsskError, match="no run at"):
         command.main([str(tmp_path)])

@@ -12,6 +12,7 @@ from dssk.commands import export as export_command
 from dssk.commands.train import parse_args
 from dssk.config import parse_experiment
 from dssk.errors import DamagedData, DsskError
+from dssk.evaluation.questions import check_encodings
 from dssk.inference.loading import load_model
 from dssk.models.weights import is_cross_attn
 from dssk.store.dataset import load_rows
@@ -130,6 +131,16 @@ def test_encoding_in_the_training_step_equals_stored_encodings(run, store_path, 
     stored = losses(run(*flags, cross_attn_dropout_prob=0.0))
     online = losses(run(*flags, cross_attn_dropout_prob=0.0, encode_online=True))
     assert online == pytest.approx(stored, abs=0.02)  # what is stored is rounded to bfloat16
+
+
+def test_a_fused_model_of_mixed_precision_reads_what_its_base_encoded(run, base_path, store_path, tmp_path):
+    """The base in it is rounded to bfloat16, and has another fingerprint."""
+    final = run("--steps", "1", "--log_every", "1", bf16=True) / "final"
+    assert weights(final)["transformer.wte.weight"].dtype == torch.bfloat16
+    check_encodings(str(store_path), final)
+    other = encode_rows(make_base(tmp_path / "other", seed=7), tmp_path, question_rows(8))
+    with pytest.raises(DsskError, match="other weights"):
+        check_encodings(str(other), final)
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, "sdpa"), ("eager", "eager")])
