@@ -30,6 +30,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         # JSON can say half a character, which could not be saved again.
         json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()
+        tokenizer("a")  # a setting of another type shows when it is used
     if tokenizer.eos_token_id is None:
         raise DsskError(
             f"the tokenizer at {path} has no end-of-text token: set eos_token in its tokenizer_config.json"

@@ -64,5 +64,6 @@ def plot_lengths(manifest: Manifest, path: Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("contexts")
     axes.set_title(f"{manifest.counts.contexts} contexts, {manifest.counts.tokens} tokens")
+    files.make_folder(path.parent)
     with files.machine_faults(path):
         figure.savefig(path, dpi=150)

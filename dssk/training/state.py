@@ -9,6 +9,7 @@ checkpoint does not depend on how weights and moments were sharded:
     trainer_state.json      transformers' own: step, epoch, best metric, log history
 """
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,9 @@ def _restore(trainer: Any, folder: Path) -> None:
     _restore_weights(trainer, weights)
     _restore_optimizer(trainer, moments)
     saved = load_run_state(folder)
+    rates = [*saved["learning_rates"], *saved["scheduler"].get("base_lrs", ())]
+    if not all(isinstance(rate, int | float) and math.isfinite(rate) for rate in rates):
+        raise ValueError(f"learning rates are {rates}")
     for group, rate in zip(trainer.optimizer.param_groups, saved["learning_rates"], strict=True):
         group["lr"] = rate
     trainer.lr_scheduler.load_state_dict(saved["scheduler"])

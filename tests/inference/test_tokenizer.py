@@ -130,9 +130,12 @@ def test_the_real_starcoder_tokenizers(name):
     assert template_version(tokenizer) == 1
 
 
-def test_settings_that_are_no_text_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "what"), [({"\ud800": "a"}, "surrogates"), ({"model_max_length": "long"}, "TypeError")]
+)
+def test_settings_that_were_altered_are_refused(tmp_path, setting, what):
     byte_tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "\ud800": "a"}))
-    with pytest.raises(DamagedData, match="the tokenizer at .* cannot be loaded: .*surrogates"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    with pytest.raises(DamagedData, match=f"the tokenizer at .* cannot be loaded: .*{what}"):
         load_tokenizer(tmp_path)

@@ -8,7 +8,7 @@ from dssk.store.library import ContextLibrary
 
 
 def test_it_says_what_is_in_a_store_and_draws_the_lengths(finished, base_path, tmp_path, capsys):
-    picture = tmp_path / "lengths.png"
+    picture = tmp_path / "new" / "lengths.png"
     assert exit_code_of(lambda: inspect.main([str(finished), "--plot", str(picture)])) == 0
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert said["model"] == f"{base_path}, computed in float32"

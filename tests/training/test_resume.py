@@ -22,6 +22,7 @@ from dssk.training.sampler import EpochSampler
 from dssk.training.state import random_state, set_random_state
 from dssk.utils.files import lock
 from tests.conftest import experiment
+from tests.faults.mutations import reseal_checkpoint
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
 
 STEPS = ("--steps", "7", "--log_every", "1")
@@ -351,3 +352,14 @@ def test_random_states_survive_json():
     first = draws()
     set_random_state(state)
     assert draws() == first
+
+
+def test_a_learning_rate_that_is_no_number_is_damage(run):
+    checkpoint = run("--steps", "2", "--log_every", "2") / "checkpoint-2"
+    file = checkpoint / "training_state.json"
+    saved = json.loads(file.read_text())
+    saved["scheduler"]["base_lrs"][-1] = "NaN"
+    file.write_text(json.dumps(saved))
+    reseal_checkpoint(checkpoint)
+    with pytest.raises(DamagedData, match="learning rates are"):
+        run("--steps", "3", "--log_every", "3")
