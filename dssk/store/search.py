@@ -61,7 +61,10 @@ class WordIndex:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
         with content_of(self._folder):
             start, end = self._index.scores["indptr"][number : number + 2]
-            return self._index.scores["indices"][start:end], self._index.scores["data"][start:end]
+            numbers, values = (self._index.scores[name][start:end] for name in ("indices", "data"))
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+                raise ValueError(f"it names text {numbers.max()} of {len(self)}")
+            return numbers, values
 
 
 def search(indices: Sequence[WordIndex], question: str, k: int) -> list[tuple[int, float]]:
