@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dssk.errors import DsskError, short
+from dssk.errors import DsskError
 from dssk.run_folder import WANDB, read_wandb
 from dssk.training.answers import AnswerScorer
 from dssk.training.flags import RunArgs
@@ -122,7 +122,7 @@ def start_run(savedir: Path, where: dict[str, str | None], config: dict[str, Any
             settings=settings,
         )
     except UsageError as error:  # such as a name that is too long
-        raise DsskError(f"W&B refuses what {savedir / WANDB} says: {short(str(error))}") from None
+        raise DsskError(f"W&B refuses what {savedir / WANDB} says: {error}") from None
 
 
 def log_report(savedir: Path, page: Path, images: Sequence[Path]) -> None:

@@ -143,9 +143,8 @@ def test_states_keep_a_name_from_where_it_first_stands():
 @torch.no_grad()
 def test_two_heads_look_at_the_first_name_of_a_text(pages):
     texts = [prompts.context(paragraph) for paragraph, _, _ in toy.pages(3000, seed=0)]
-    tokenizer = make_tokenizer(
-        texts, vocab_size=768
-    )  # each word of a name is a token, as in the embedded default
+    # Each word of a name is a token, as in the embedded default.
+    tokenizer = make_tokenizer(texts, vocab_size=768)
     subjects = [subject_tokens(page, tokenizer) for page in pages]
     assert tokenizer.decode(subjects[0]) == " " + " ".join(pages[0].subject.split()[:2])
     sizes = {"vocab_size": len(tokenizer), "n_embd": 160, "n_head": 5, "n_layer": 1, "n_positions": 256}
