@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 LIMIT_SECONDS = 60
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preload"])
+# Starting a process asks all others for their exit codes, and each can be read once.
+_starting_or_reading = threading.Lock()
 
 
 def preload(module: str) -> None:
@@ -46,23 +50,29 @@ class Running:
         self.process: ForkServerProcess = _context.Process(
             target=_run, args=(call, args, folder, stdin, self._said, env)
         )
-        self.process.start()
+        with _starting_or_reading:
+            self.process.start()
 
     def kill(self) -> None:
         """Signal 9, to whatever it has started, too."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.kill()  # before it had a group of its own
-        self.process.join()
+        self._exit_code()
 
     def done(self, limit_seconds: float = LIMIT_SECONDS) -> Done:
         """Wait for its end; where more runs than there are cores, as many times as long."""
-        self.process.join(limit_seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
-        code = self.process.exitcode
+        code = self._exit_code(limit_seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
         if code is None:
             self.kill()
         out, err = (file.read_text(errors="replace") if file.exists() else "" for file in self._said)
         return Done(self.argv, code, out, err, time.monotonic() - self._start)
+
+    def _exit_code(self, limit_seconds: float | None = None) -> int | None:
+        """Wait for the end; None if it has not come by then."""
+        wait([self.process.sentinel], limit_seconds)
+        with _starting_or_reading:
+            return self.process.exitcode
 
 
 def run(call: Sequence[str] | Callable, folder: Path, *args: Any, stdin: str = "", **env: str) -> Done:

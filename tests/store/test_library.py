@@ -207,6 +207,16 @@ def test_searching_several_indices_finds_what_one_of_all_texts_would():
     assert search([], "mill", 3) == search([WordIndex.of_texts(["", ""])], "mill", 3) == []
 
 
+def test_an_index_that_names_texts_which_are_none_is_damage(tmp_path):
+    WordIndex.of_texts(["an old mill", "a river"]).save(tmp_path)
+    (path,) = tmp_path.glob("indices.csc.index.npy")
+    numbers = np.load(path)
+    for wrong in (2, -1):
+        np.save(path, np.full_like(numbers, wrong))
+        with pytest.raises(DamagedData, match=f"names text {wrong} of 2"):
+            WordIndex.load(tmp_path).search("mill", 1)
+
+
 def test_a_change_indexes_what_it_writes_and_nothing_else(filled, monkeypatch):
     monkeypatch.setattr(library, "SMALL_BYTES", 0)
     indexed = []
