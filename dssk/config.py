@@ -75,9 +75,10 @@ class ExperimentConfig(BaseModel):
     cross_attn_mlp: Literal["plain", "gated", "base"] = Field(
         default="plain", description="MLP of a block; base: gated where the decoder's is"
     )
-    cross_attn_init: Literal["zero", "normal", "copy", "base"] = Field(
-        description="zero: start as the base model exactly; copy: the last block starts as an induction head; base: "
-        "each block starts as its layer's self-attention, with keys and values fitted to the stored states"
+    cross_attn_init: Literal["zero", "normal", "copy", "overlap", "base"] = Field(
+        description="zero: start as the base model exactly; copy: the last block starts as an induction head; "
+        "overlap: as one that also looks for what shares words with the question, for several contexts; base: each "
+        "block starts as its layer's self-attention, with keys and values fitted to the stored states"
     )
 
     reader: Literal["cross_attention", "merged"] = Field(

@@ -10,8 +10,10 @@ from dssk.models.layers import LAST, layer_index
 
 MODEL_TYPE = "dssk"  # in the config.json of every fused model; `base_model_type` names the family
 BASE = "base"  # value of a field: the same as in the base model
+OVERLAP = "overlap"
+COPYING = ("copy", OVERLAP)  # values of `cross_attn_init` that `dssk.models.copy_init` is for
 CHOICES = {
-    "cross_attn_init": ("zero", "normal", "copy", BASE),
+    "cross_attn_init": ("zero", "normal", *COPYING, BASE),
     "reader": ("cross_attention", "merged"),
     "cross_attn_norm": ("layer_norm", "rms_norm"),
     "cross_attn_mlp": ("plain", "gated"),
@@ -48,9 +50,9 @@ class CrossAttnConfig(_Base):
         cross_attn_norm: `"layer_norm"`, `"rms_norm"`, or `"base"` for the kind the base has.
         cross_attn_mlp: `"plain"` (d -> 4E -> d), `"gated"` (two matrices in, 8/3 E wide), or `"base"`.
         cross_attn_init: `"zero"` starts each block as the identity, so that the fused model equals its base
-            until the first training step; `"normal"` draws its output projections like all others; `"copy"` is
-            "zero" until `dssk.models.copy_init.copy_init_` has set the last block, and so is `"base"` until
-            `dssk.inference.base_init.base_init_` has set all of them as their layers' self-attention.
+            until the first training step; `"normal"` draws its output projections like all others; `"copy"` and
+            `"overlap"` are "zero" until `dssk.models.copy_init.copy_init_` has set the last block, and so is `"base"`
+            until `dssk.inference.base_init.base_init_` has set all of them as their layers' self-attention.
         reader: what reads a context: `"cross_attention"`, the blocks, or `"merged"`, the base's own attention, to which
             maps make keys and values of every layer from stored states (`dssk.models.merged`; no block is placed then).
         encode_layer: whose states are stored and read: `"last"`, after the final norm; a layer, whose input it is; a

@@ -39,7 +39,7 @@ from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import is_adapters, load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
-from dssk.models.configuration import BASE
+from dssk.models.configuration import BASE, COPYING
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM
@@ -142,7 +142,7 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     try:
         model = fused_config(base, **estimate.model_fields(cfg))
         check_model(manifest, cfg.model_path, None, layers_name(model.encode_layers, model.num_hidden_layers))
-        if block_start(cfg) == "copy":
+        if block_start(cfg) in COPYING:
             check_copy_init(model)
         if block_start(cfg) == BASE:
             check_base_init(estimate.meta_model(cfg, base))
@@ -254,7 +254,7 @@ def build_trainer(
 
 def start_reader(model: CrossAttnForCausalLM, cfg: ExperimentConfig, contexts: Iterator[list[int]]) -> None:
     """Give a reader the start that its experiment asks for, on contexts of the training set."""
-    if block_start(cfg) == "copy":
+    if block_start(cfg) in COPYING:
         copy_init_(model, contexts, cfg.seed)
     if block_start(cfg) == BASE:
         base_init_(model, contexts)

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from dssk.models.copy_init import copy_init_
+from dssk.models.copy_init import copy_init_, rarity, words_before
 from dssk.research.make_base import structured_init_
 from tests.conftest import SPECIAL_TOKENS, VOCAB_SIZE, fused, make_base
 
@@ -67,6 +69,36 @@ def test_the_same_seed_gives_the_same_start(base):
         weights.append(model.transformer.cross_attn[0].attn.q_attn.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_words_before_are_counted_once_and_rare_ones_more():
+    codes = torch.eye(5)
+    assert words_before(torch.tensor([3, 1, 3, 0]), codes).tolist() == [
+        [0, 0, 0, 1, 0],
+        [0, 1, 0, 1, 0],
+        [0, 1, 0, 1, 0],
+        [1, 1, 0, 1, 0],
+    ]
+    weights = rarity([torch.tensor([0, 1, 1]), torch.tensor([0, 2])], 4).flatten()
+    assert weights.tolist() == pytest.approx([0, math.log(2), math.log(2), math.log(2)])
+
+
+def test_overlap_prefers_of_two_such_places_the_one_with_more_of_the_words_before(base):
+    """Both contexts go on after the same two words; one of them had the decoder's earlier words, too."""
+    gained = {}
+    own, other = contexts(16, seed=1), contexts(16, seed=2)
+    other[:, 9:11] = own[:, 9:11]  # the next word is another
+    ids = own[:, :12]
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    for init in ("copy", "overlap"):
+        model = fused(base, **LAYOUT | {"cross_attn_init": init})
+        copy_init_(model, contexts(300, seed=0).tolist())
+        both = torch.cat([other, own], dim=1)
+        with torch.no_grad():
+            alone = model(ids, labels=labels, context_input_ids=own).loss.item()
+            gained[init] = alone - model(ids, labels=labels, context_input_ids=both).loss.item()
+    assert gained["overlap"] > gained["copy"] + 0.05
 
 
 @pytest.mark.parametrize(
