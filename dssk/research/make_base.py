@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from dssk.errors import DsskError, short
 from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.tokenizer import FIM_TOKENS, PAD_TOKEN, load_tokenizer
 from dssk.research import toy
+from dssk.research.toy import Page
 from dssk.utils.files import atomic_folder, only_writer
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
@@ -46,14 +47,6 @@ NAME_FLAG = 4.0  # of names in their embedding, as a multiple of its root mean s
 # Of the heads that look at names: the score of a name, how much less it is for each token before it, and the share of
 # what they add to a state, beside that of the other heads.
 NAME_SCORE, POSITION_SCORE, NAME_SHARE = 15.0, 0.5, 0.4
-
-
-class Page(NamedTuple):
-    """A paragraph and what is asked about it."""
-
-    paragraph: str
-    questions: list[tuple[str, str]]  # with their answers
-    subject: str = ""  # the name of what it is about, where that is known
 
 
 @dataclass(frozen=True)
@@ -446,7 +439,7 @@ def make_base_of(args: Namespace) -> None:
         source = tuple(file_fingerprint(path) for path in args.text)
     else:
         source = ("toy",)
-        pages = [Page(*page) for page in toy.pages(TOY_PAGES, args.seed)]
+        pages = toy.pages(TOY_PAGES, args.seed)
     settings = Settings(
         source=source, **{k: v for k, v in vars(args).items() if k in Settings.__annotations__}
     )

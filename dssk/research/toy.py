@@ -11,6 +11,7 @@ and the pairs of words are divided between the splits (`_in_val`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -247,6 +248,14 @@ class Question:
         return prompts.NOT_IN_CONTEXT if self.fact is None else self.fact.value
 
 
+class Page(NamedTuple):
+    """A paragraph and what is asked about it."""
+
+    paragraph: str
+    questions: list[tuple[str, str]]  # with their answers
+    subject: str = ""  # the name of what it is about, where that is known
+
+
 def generate(split: str, num_examples: int, seed: int) -> list[dict]:
     """Rows of the toy Natural Questions in the Hub's layout; row i depends on (split, seed, i) alone.
 
@@ -276,15 +285,15 @@ def _rows(split: str, count: int, seed: int) -> Iterator[dict]:
         yield _row(split, index, seed)
 
 
-def pages(num_pages: int, seed: int) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """Paragraphs of the train split, with four (question, answer) pairs and the name each: text to make a base of."""
+def pages(num_pages: int, seed: int) -> list[Page]:
+    """Paragraphs of the train split with four questions each: text to make a base of."""
     found = []
     for index in range(num_pages):
         rng = np.random.default_rng([seed, len(SPLITS), index])  # none of the streams of `generate`
         paragraph = make_paragraph("train", rng)
         questions = [make_question(paragraph, rng) for _ in range(4)]
         asked = [(question.text, question.answer) for question in questions]
-        found.append((paragraph.text, asked, paragraph.name))
+        found.append(Page(paragraph.text, asked, paragraph.name))
     return found
 
 

@@ -31,7 +31,7 @@ STARCODER_TOKENIZER = SHARED_DATA / "starcoder_tokenizer"
 
 @pytest.fixture(scope="module")
 def pages():
-    return [Page(*page) for page in toy.pages(300, seed=0)]
+    return toy.pages(300, seed=0)
 
 
 @pytest.fixture(scope="module")
