@@ -83,14 +83,18 @@ EXP_GROUPS = {
     "crossattn_tiny": [
         TINY_CONFIG,
     ],
-    # The same, and each question reads up to four contexts: which of them has the answer is learned.
+    # The same, and each question reads up to ten contexts: which of them has the answer is learned, from a start that
+    # compares words. Two wide heads tell more names apart than many narrow ones.
     "crossattn_tiny_contexts": [
         {
             **TINY_CONFIG,
-            "num_contexts": [[1, 4]],
+            "cross_attn_init": "overlap",
+            "cross_attn_num_attention_heads": 2,
+            "learning_rate": 1.5e-3,
+            "num_contexts": [[1, 10]],
             "distractors": {"neighbours": 1.0, "random": 1.0},
-            "gold_missing": 0.2,
-            "contexts_warmup": 2,
+            "gold_missing": 0.05,
+            "contexts_warmup": 4,
         }
     ],
     # Real text on a CPU: a base of a few million parameters made by `dssk base --text ...`.
