@@ -15,9 +15,9 @@ moves it.
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dssk.checkpoint import FINAL, checkpoint_folder, checkpoint_folders, load_manifest
 from dssk.config import experiment_id, faults
@@ -153,15 +153,24 @@ def read_scores(folder: Path) -> dict[str, Any]:
     return checked_scores(_read_if_there(folder / SCORES), folder / SCORES)
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
 class _Scored(BaseModel):
     """What scores of some questions are made of; further keys are not looked at."""
 
     model_config = ConfigDict(strict=True)
     n: int | None = None
-    em: float | None = None
-    em_low: float | None = None
-    em_high: float | None = None
-    f1: float | None = None
+    em: Share | None = None
+    em_low: Share | None = None
+    em_high: Share | None = None
+    f1: Share | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.em_low is None) != (self.em_high is None):
+            raise ValueError("em_low and em_high stand together")
+        return self
 
 
 class _Bin(_Scored):
@@ -169,7 +178,9 @@ class _Bin(_Scored):
     high: float
 
 
-class _Control(_Scored):
+class Scored(_Scored):
+    """The scores of a control."""
+
     by_class: dict[str, _Scored] = {}
     by_context_tokens: list[_Bin] = []
 
@@ -178,13 +189,16 @@ def checked_scores(scores: dict[str, Any], file: Path) -> dict[str, Any]:
     """The scores that `file` holds. Raises `DamagedData` if a control's are none."""
     for control, row in scores.items():
         if isinstance(row, dict):
-            try:
-                _Control.model_validate(row)
-            except ValidationError as error:
-                raise DamagedData(
-                    f"{file} is damaged: {control}: {faults(error, _Control.model_fields)}"
-                ) from None
+            check_row(row, Scored, f"{file} is damaged: {control}")
     return scores
+
+
+def check_row(row: dict[str, Any], kind: type[BaseModel], what: str) -> None:
+    """Raise `DamagedData`, beginning with `what`, for a row that is not of a kind."""
+    try:
+        kind.model_validate(row)
+    except ValidationError as error:
+        raise DamagedData(f"{what}: {faults(error, kind.model_fields)}") from None
 
 
 def newest_scores(savedir: Path) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def bars(rows: Sequence[dict[str, Any]]) -> Figure:
         figure, axes = _figure(height=0.9 + 0.36 * len(rows))
         for place, row in enumerate(rows):
             axes.barh(place, row["em"], height=0.62, color=BLUE if place == 0 else GREY, alpha=0.85)
-            axes.plot(row["f1"], place + 0.2, marker="D", markersize=4, color=ORANGE, linestyle="none")
+            if row.get("f1") is not None:
+                axes.plot(row["f1"], place + 0.2, marker="D", markersize=4, color=ORANGE, linestyle="none")
             if row.get("em_low") is not None:
                 axes.plot(
                     [row["em_low"], row["em_high"]],

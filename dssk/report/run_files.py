@@ -7,6 +7,9 @@ from typing import Any
 from dssk.errors import DamagedData, DsskError
 from dssk.evaluation import by_number
 from dssk.run_folder import (
+    Scored,
+    Share,
+    check_row,
     checked_scores,
     find_run,
     read_experiment,
@@ -16,6 +19,29 @@ from dssk.run_folder import (
     read_scores,
 )
 from dssk.utils.json_files import read_json
+
+
+class Compared(Scored):
+    """What the report shows of a row of a comparison."""
+
+    system: str
+    data: str | None = None
+    answer_nll: float | None = None
+    trained_parameters: int | None = None
+    first_token_s: float | None = None
+    tokens_per_s: float | None = None
+    bytes_per_context_token: float | None = None
+    settings: dict[str, Any] = {}
+
+
+class ComparedByNumber(Compared):
+    """The same, where questions read so many contexts."""
+
+    num_contexts: int
+    gold: bool
+    em: Share
+    em_low: Share
+    em_high: Share
 
 
 @dataclass
@@ -76,8 +102,8 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
     sets = list(dict.fromkeys(str(row["data"]) for row in run.table if row.get("data")))
     if data is not None and data not in sets:
         raise DsskError(f"--data {data} is none of the comparison's sets of questions: {', '.join(sets)}")
-    together = [row for row in table if "num_contexts" in row]
-    run.together = [row for row in together if row.get("data") == (data or sets[0])]
+    first = sets[0] if sets else None
+    run.together = [row for row in table if "num_contexts" in row and row.get("data") == (data or first)]
     if sets and (data is not None or not run.scores):
         run.data = data or sets[0]
         label = f"{run.data}-cross_attention"
@@ -93,6 +119,10 @@ def _answered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     rows = read_json(file, list) if file.is_file() else []
-    if not all(isinstance(row, dict) for row in rows):
-        raise DamagedData(f"{file} is damaged: it holds something that is no JSON object")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DamagedData(f"{file} is damaged: it holds something that is no JSON object")
+        check_row(
+            row, ComparedByNumber if "num_contexts" in row else Compared, f"{file} is damaged: row {number}"
+        )
     return rows

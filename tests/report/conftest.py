@@ -12,14 +12,14 @@ CONTROLS = ("with_context", "no_context", "wrong_context")
 
 
 def score(em: float, n: int = 8) -> dict:
-    interval = {"em_low": em - 0.05, "em_high": em + 0.05, "f1_low": em, "f1_high": em + 0.1}
+    interval = {"em_low": max(em - 0.05, 0), "em_high": em + 0.05, "f1_low": em, "f1_high": em + 0.1}
     bins = [
         {
             "low": low,
             "high": low + 64,
             "n": n // 2,
             "em": em,
-            "em_low": em - 0.1,
+            "em_low": max(em - 0.1, 0),
             "em_high": em + 0.1,
             "f1": em,
         }

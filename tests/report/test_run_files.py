@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 
 from dssk.errors import DamagedData, DsskError
@@ -34,7 +37,8 @@ def test_everything_is_read(run_folder):
 def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, tmp_path):
     write(tmp_path, "exp_dict.json", {})
     for data, em in (("one", 0.25), ("two", 0.5)):
-        write(tmp_path, f"scores-{data}-cross_attention.json", {"scores": {"with_context": {"em": em}}})
+        scores = {"with_context": {"em": em, "f1": em}}
+        write(tmp_path, f"scores-{data}-cross_attention.json", {"scores": scores})
         write_lines(tmp_path, f"predictions-{data}-cross_attention.jsonl", [{"id": data, "with_context": {}}])
     write(tmp_path, "table.json", [{"system": "prompted", "data": data} for data in ("one", "two")])
     for asked, data, em in ((None, "one", 0.25), ("one", "one", 0.25), ("two", "two", 0.5)):
@@ -53,11 +57,12 @@ def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, 
 
 
 def test_rows_by_number_are_of_one_set_and_no_systems_of_their_own(tmp_path):
-    own = {"contexts_2": {"em": 0.5}}
+    own = {"contexts_2": {"em": 0.5, "f1": 0.5}}
     write(tmp_path, "exp_dict.json", {})
     write(tmp_path, "scores.json", own)
     plain = [{"system": "prompted", "data": data} for data in ("one", "two")]
-    several = [{**row, "num_contexts": 2, "gold": True} for row in plain]
+    scored = {"em": 0.5, "em_low": 0.4, "em_high": 0.6, "f1": 0.5}
+    several = [{**row, "num_contexts": 2, "gold": True, **scored} for row in plain]
     write(tmp_path, "table.json", plain + several)
     for asked, expected in ((None, several[:1]), ("two", several[1:])):
         files = read_run(tmp_path, tmp_path, asked)
@@ -65,6 +70,36 @@ def test_rows_by_number_are_of_one_set_and_no_systems_of_their_own(tmp_path):
         assert files.numbers == expected
     write(tmp_path, "table.json", plain)
     assert [row["em"] for row in read_run(tmp_path, tmp_path).numbers] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("table.json", {"system": None}),
+        ("cost.json", {"system": None}),
+        ("cost.json", {"settings": []}),
+        ("table.json", {"first_token_s": "soon"}),
+        ("table.json", {"f1": "0.5"}),
+        ("table.json", {"em_high": None}),
+        ("table.json", {"em": 1e308}),
+        ("table.json", {"em_low": float("nan")}),
+        ("table.json", {"num_contexts": 2}),
+        ("table.json", {"num_contexts": "2", "gold": True}),
+    ],
+)
+def test_a_row_of_a_comparison_that_cannot_be_shown_is_damage(run_folder, tmp_path, file, change):
+    compare = shutil.copytree(run_folder / "compare", tmp_path / "compare")
+    rows = json.loads((compare / file).read_text())
+    rows[-1] |= {"em_low": 0.1, "em_high": 0.9, **change}
+    write(compare, file, rows)
+    with pytest.raises(DamagedData, match=f"{file} is damaged: row {len(rows)}: "):
+        read_run(run_folder, compare)
+
+
+def test_rows_by_number_alone_are_shown(run_folder, tmp_path):
+    row = {"system": "prompted", "em": 0.5, "em_low": 0.4, "em_high": 0.6, "f1": 0.5}
+    write(tmp_path, "table.json", [{**row, "num_contexts": 2, "gold": True}])
+    assert [row["num_contexts"] for row in read_run(run_folder, tmp_path).together] == [2]
 
 
 def test_what_is_absent_is_empty_and_a_log_may_be_torn(tmp_path):
