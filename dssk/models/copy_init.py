@@ -21,9 +21,7 @@ from dssk.models.modeling import CrossAttnForCausalLM
 
 GAIN = 2.0  # size of what is copied, in sizes of the decoder's own states
 SHARPNESS = 6.0  # logit of a token that fits the query, where one that does not has about 0
-WORD_SHARPNESS = (
-    0.5  # logit of a word that both have had before, times its squared inverse document frequency
-)
+WORD_SHARPNESS = 0.5  # logit of a word that both have had, times its squared inverse document frequency
 PENALTY = 1e-2  # of the regressions, relative to the mean variance of a state
 MAX_TOKENS = 40_000  # more make no better regression
 

@@ -27,6 +27,7 @@ BY_SYSTEM = [
 FIGURES = {
     "bars": lambda: figures.bars([{"name": name, **score(0.5)} for name in NAMES]),
     "bars without intervals": lambda: figures.bars([{"name": "a", "em": 0.5, "f1": 0.6}]),
+    "bars without F1": lambda: figures.bars([{"name": "a", "em": 0.5}]),
     "lengths": lambda: figures.by_length({name: score(0.5)["by_context_tokens"] for name in NAMES}),
     "classes": lambda: figures.by_class({name: score(0.5)["by_class"] for name in NAMES}),
     "numbers": lambda: figures.by_number(
