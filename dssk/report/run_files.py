@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from dssk.errors import DamagedData, DsskError
 from dssk.evaluation import by_number
 from dssk.run_folder import (
+    SCORES,
     Scored,
     Share,
     check_row,
@@ -19,6 +22,42 @@ from dssk.run_folder import (
     read_scores,
 )
 from dssk.utils.json_files import read_json
+
+
+class Part(BaseModel):
+    """What the report shows of the scores of some questions."""
+
+    n: int
+    em: Share
+
+
+class PartByLength(Part):
+    """The same, of contexts with so many tokens."""
+
+    low: float
+    high: float
+
+
+class Control(Part):
+    """What it shows of a control."""
+
+    f1: Share
+    by_class: dict[str, Part] = {}
+    by_context_tokens: list[PartByLength] = []
+
+
+class OfNumber(Scored):
+    """What it shows of the questions that read so many contexts."""
+
+    em: Share
+    em_low: Share
+    em_high: Share
+
+
+class OfAll(BaseModel):
+    """What it shows of scores that are no control's."""
+
+    right_beats_wrong: Share = 0.0
 
 
 class Compared(Scored):
@@ -34,14 +73,11 @@ class Compared(Scored):
     settings: dict[str, Any] = {}
 
 
-class ComparedByNumber(Compared):
+class ComparedByNumber(Compared, OfNumber):
     """The same, where questions read so many contexts."""
 
     num_contexts: int
     gold: bool
-    em: Share
-    em_low: Share
-    em_high: Share
 
 
 @dataclass
@@ -86,7 +122,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         folder=folder,
         experiment=read_experiment(folder),
         metrics=read_metrics(folder),
-        scores=read_scores(folder),
+        scores=_shown(read_scores(folder), folder / SCORES),
         predictions=_answered(read_predictions(folder)),
     )
     if comparison is None:
@@ -108,9 +144,20 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         run.data = data or sets[0]
         label = f"{run.data}-cross_attention"
         file = compared / f"scores-{label}.json"
-        run.scores = checked_scores(read_json(file, dict).get("scores", {}), file) if file.is_file() else {}
+        scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
+        run.scores = _shown(checked_scores(scores, file), file)
         run.predictions = _answered(read_rows(compared / f"predictions-{label}.jsonl"))
     return run
+
+
+def _shown(scores: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The scores that `file` holds. Raises `DamagedData` if there is something that cannot be shown."""
+    check_row(scores, OfAll, f"{file} is damaged")
+    for name, row in scores.items():
+        if isinstance(row, dict) and "em" in row:
+            numbered = name.startswith((by_number.WITH, by_number.WITHOUT))
+            check_row(row, OfNumber if numbered else Control, f"{file} is damaged: {name}")
+    return scores
 
 
 def _answered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def test_everything_is_read(run_folder):
 def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, tmp_path):
     write(tmp_path, "exp_dict.json", {})
     for data, em in (("one", 0.25), ("two", 0.5)):
-        scores = {"with_context": {"em": em, "f1": em}}
+        scores = {"with_context": {"n": 4, "em": em, "f1": em}}
         write(tmp_path, f"scores-{data}-cross_attention.json", {"scores": scores})
         write_lines(tmp_path, f"predictions-{data}-cross_attention.jsonl", [{"id": data, "with_context": {}}])
     write(tmp_path, "table.json", [{"system": "prompted", "data": data} for data in ("one", "two")])
@@ -57,7 +57,7 @@ def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, 
 
 
 def test_rows_by_number_are_of_one_set_and_no_systems_of_their_own(tmp_path):
-    own = {"contexts_2": {"em": 0.5, "f1": 0.5}}
+    own = {"contexts_2": {"em": 0.5, "em_low": 0.4, "em_high": 0.6}}
     write(tmp_path, "exp_dict.json", {})
     write(tmp_path, "scores.json", own)
     plain = [{"system": "prompted", "data": data} for data in ("one", "two")]
@@ -94,6 +94,25 @@ def test_a_row_of_a_comparison_that_cannot_be_shown_is_damage(run_folder, tmp_pa
     write(compare, file, rows)
     with pytest.raises(DamagedData, match=f"{file} is damaged: row {len(rows)}: "):
         read_run(run_folder, compare)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": None},
+        {"em": None},
+        {"f1": None},
+        {"by_class": {"span": {"em": 0.5, "f1": 0.5}}},
+        {"by_context_tokens": [{"low": 0, "high": 64, "n": 4}]},
+    ],
+)
+def test_scores_that_cannot_be_shown_are_damage(run_folder, tmp_path, change):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    scores = json.loads((folder / "scores.json").read_text())
+    for wrong in ({"no_context": scores["no_context"] | change}, {"right_beats_wrong": "often"}):
+        write(folder, "scores.json", scores | wrong)
+        with pytest.raises(DamagedData, match=f"scores.json is damaged: .*{next(iter(wrong))}"):
+            read_run(folder)
 
 
 def test_rows_by_number_alone_are_shown(run_folder, tmp_path):
