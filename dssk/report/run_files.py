@@ -54,6 +54,21 @@ class OfNumber(Scored):
     em_high: Share
 
 
+class Prediction(BaseModel):
+    """What it shows of an answer."""
+
+    prediction: str
+
+
+class Answered(BaseModel):
+    """What it shows of a question that was answered."""
+
+    question: str
+    context: str
+    answers: list[str]
+    with_context: Prediction
+
+
 class OfAll(BaseModel):
     """What it shows of scores that are no control's."""
 
@@ -161,7 +176,10 @@ def _shown(scores: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _answered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if "with_context" in row]
+    answered = [row for row in rows if "with_context" in row]
+    for number, row in enumerate(answered, start=1):
+        check_row(row, Answered, f"the predictions are damaged: answer {number}")
+    return answered
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

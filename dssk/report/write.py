@@ -40,7 +40,8 @@ def _write(page: Path, files: RunFiles, run_dir: str, samples: int, command: Seq
     pngs = [page.with_name(f"{page.stem}-{name}.png") for name in drawn]
     attention = page.with_name(ATTENTION)
     remove_left(page, attention, *pngs)
-    write_text(page, render(**contents.parts(run_dir), figures=svgs, command=shlex.join(command)))
+    html = render(**contents.parts(run_dir), figures=svgs, command=shlex.join(command))
+    write_text(page, html.encode(errors="replace").decode())  # JSON can say half a character
     for figure, png in zip(drawn.values(), pngs, strict=True):
         figures.write_png(figure, png)
     if found := contents.evidence:

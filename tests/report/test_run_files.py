@@ -8,6 +8,8 @@ from dssk.report.run_files import read_run
 from dssk.run_folder import find_run
 from tests.report.conftest import CONTROLS, write, write_lines
 
+ANSWER = {"question": "q", "context": "c", "answers": ["a"], "with_context": {"prediction": "a"}}
+
 
 def test_a_run_is_found_by_its_folder_and_the_one_above(run_folder):
     for path in (run_folder, run_folder.parent):
@@ -39,7 +41,7 @@ def test_a_comparisons_scores_stand_in_for_those_that_a_run_has_not(run_folder, 
     for data, em in (("one", 0.25), ("two", 0.5)):
         scores = {"with_context": {"n": 4, "em": em, "f1": em}}
         write(tmp_path, f"scores-{data}-cross_attention.json", {"scores": scores})
-        write_lines(tmp_path, f"predictions-{data}-cross_attention.jsonl", [{"id": data, "with_context": {}}])
+        write_lines(tmp_path, f"predictions-{data}-cross_attention.jsonl", [ANSWER | {"id": data}])
     write(tmp_path, "table.json", [{"system": "prompted", "data": data} for data in ("one", "two")])
     for asked, data, em in ((None, "one", 0.25), ("one", "one", 0.25), ("two", "two", 0.5)):
         files = read_run(tmp_path, tmp_path, asked)
@@ -113,6 +115,16 @@ def test_scores_that_cannot_be_shown_are_damage(run_folder, tmp_path, change):
         write(folder, "scores.json", scores | wrong)
         with pytest.raises(DamagedData, match=f"scores.json is damaged: .*{next(iter(wrong))}"):
             read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"answers": None}, {"answers": [True]}, {"context": 3}, {"with_context": {"prediction": []}}]
+)
+def test_predictions_that_cannot_be_shown_are_damage(tmp_path, change):
+    write(tmp_path, "exp_dict.json", {})
+    write_lines(tmp_path, "predictions.jsonl", [ANSWER, ANSWER | change])
+    with pytest.raises(DamagedData, match=f"predictions are damaged: answer 2: {next(iter(change))}"):
+        read_run(tmp_path)
 
 
 def test_rows_by_number_alone_are_shown(run_folder, tmp_path):
