@@ -33,6 +33,11 @@ def names(numbers: Sequence[int]) -> list[str]:
     return [f"{kind}{number}" for number in numbers for kind in (WITH, WITHOUT)]
 
 
+def is_name(control: str) -> bool:
+    """Whether it is one of `names`, of any number."""
+    return control.startswith((WITH, WITHOUT))
+
+
 def parse_numbers(text: str) -> list[int]:
     """Numbers of contexts, divided by commas. Raises `DsskError` for anything else."""
     try:
@@ -152,5 +157,5 @@ def rows(scores: dict[str, Any], set_name: str, seed: int) -> list[dict[str, Any
         }
         | {column: score[column] for column in COLUMNS if column in score}
         for name, score in scores.items()
-        if name.startswith((WITH, WITHOUT))
+        if is_name(name)
     ]

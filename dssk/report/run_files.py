@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from dssk.errors import DamagedData, DsskError
 from dssk.evaluation import by_number
 from dssk.run_folder import (
+    PREDICTIONS,
     SCORES,
     Scored,
     Share,
@@ -115,9 +116,7 @@ class RunFiles:
         return {
             name: row
             for name, row in self.scores.items()
-            if isinstance(row, dict)
-            and "em" in row
-            and not name.startswith((by_number.WITH, by_number.WITHOUT))
+            if isinstance(row, dict) and "em" in row and not by_number.is_name(name)
         }
 
     @property
@@ -138,7 +137,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         experiment=read_experiment(folder),
         metrics=read_metrics(folder),
         scores=_shown(read_scores(folder), folder / SCORES),
-        predictions=_answered(read_predictions(folder)),
+        predictions=_answered(read_predictions(folder), folder / PREDICTIONS),
     )
     if comparison is None:
         if data is not None:
@@ -161,7 +160,8 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         file = compared / f"scores-{label}.json"
         scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
         run.scores = _shown(checked_scores(scores, file), file)
-        run.predictions = _answered(read_rows(compared / f"predictions-{label}.jsonl"))
+        file = compared / f"predictions-{label}.jsonl"
+        run.predictions = _answered(read_rows(file), file)
     return run
 
 
@@ -170,15 +170,15 @@ def _shown(scores: dict[str, Any], file: Path) -> dict[str, Any]:
     check_row(scores, OfAll, f"{file} is damaged")
     for name, row in scores.items():
         if isinstance(row, dict) and "em" in row:
-            numbered = name.startswith((by_number.WITH, by_number.WITHOUT))
-            check_row(row, OfNumber if numbered else Control, f"{file} is damaged: {name}")
+            kind = OfNumber if by_number.is_name(name) else Control
+            check_row(row, kind, f"{file} is damaged: {name}")
     return scores
 
 
-def _answered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answered(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     answered = [row for row in rows if "with_context" in row]
     for number, row in enumerate(answered, start=1):
-        check_row(row, Answered, f"the predictions are damaged: answer {number}")
+        check_row(row, Answered, f"{file} is damaged: answer {number}")
     return answered
 
 
@@ -187,7 +187,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DamagedData(f"{file} is damaged: it holds something that is no JSON object")
-        check_row(
-            row, ComparedByNumber if "num_contexts" in row else Compared, f"{file} is damaged: row {number}"
-        )
+        kind = ComparedByNumber if "num_contexts" in row else Compared
+        check_row(row, kind, f"{file} is damaged: row {number}")
     return rows

@@ -123,7 +123,7 @@ def test_scores_that_cannot_be_shown_are_damage(run_folder, tmp_path, change):
 def test_predictions_that_cannot_be_shown_are_damage(tmp_path, change):
     write(tmp_path, "exp_dict.json", {})
     write_lines(tmp_path, "predictions.jsonl", [ANSWER, ANSWER | change])
-    with pytest.raises(DamagedData, match=f"predictions are damaged: answer 2: {next(iter(change))}"):
+    with pytest.raises(DamagedData, match=f"predictions.jsonl is damaged: answer 2: {next(iter(change))}"):
         read_run(tmp_path)
 
 
