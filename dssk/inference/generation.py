@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dssk.inference.batching import length_mask, pack_states, pad_states, pad_tokens
 from dssk.models.loss import IGNORED
@@ -16,6 +16,18 @@ from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
 from dssk.utils.defaults import MAX_NEW_TOKENS
 
 Tokens = list[int]
+
+
+class OwnSettings(GenerationConfig):
+    """Settings to which a model's own file (generation_config.json) adds nothing.
+
+    The penalties, beams or forced tokens that a base comes with would change what is scored, and beside what.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
+        if defaults_only and allow_custom_entries:  # `generate`, with what the model's own settings say
+            return {}
+        return super().update(defaults_only, allow_custom_entries, **kwargs)
 
 
 @torch.no_grad()
@@ -34,14 +46,21 @@ def generate_batch(
     """
     check_context(model, settings)
     input_ids, mask = _pad_left(tokenizer, prefixes, prompted)
-    how = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **settings,
-    }
-    generated = model.generate(input_ids.to(model.device), attention_mask=mask.long().to(model.device), **how)
+    how = OwnSettings(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    more = how.update(**settings)
+    generated = model.generate(
+        input_ids.to(model.device),
+        attention_mask=mask.long().to(model.device),
+        generation_config=how,
+        **more,
+    )
     texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [answer_in(text) for text in texts]
 

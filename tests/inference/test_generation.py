@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dssk import prompts
 from dssk.inference.generation import answer_in, context_batch, generate_batch, nll_batch
@@ -55,6 +56,35 @@ def test_what_is_generated_is_cut_to_the_answer(tokenizer):
             return torch.cat([input_ids, more], 1)
 
     assert generate_batch(Talkative(), tokenizer, [[5, 6]], 8) == ["Ann"]
+
+
+@pytest.mark.parametrize("reader", ["cross_attention", "merged"])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"repetition_penalty": 9.0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"suppress_tokens": list(range(20, 200))},
+        {"bos_token_id": {"text": 0}},
+    ],
+)
+def test_answers_are_greedy_whatever_the_base_comes_with(base_path, tokenizer, rows, theirs, reader):
+    model = fused(base_path, reader=reader)
+    prompted = [tokenize_question(tokenizer, question) for question in rows["question"]]
+    context = context_batch(model, rows["encoder_hidden_states"])
+    plain = generate_batch(model, tokenizer, prompted, 8, **context)
+    model.generation_config = GenerationConfig(**theirs)
+    assert generate_batch(model, tokenizer, prompted, 8, **context) == plain
+
+
+def test_settings_that_are_asked_for_are_heeded(base_path, tokenizer, rows):
+    model = fused(base_path)
+    prompted = [tokenize_question(tokenizer, question) for question in rows["question"]]
+    context = context_batch(model, rows["encoder_hidden_states"])
+    plain = generate_batch(model, tokenizer, prompted, 8, **context)
+    assert (
+        generate_batch(model, tokenizer, prompted, 8, suppress_tokens=[*range(20, 200)], **context) != plain
+    )
 
 
 def test_a_context_that_nothing_would_read_is_refused(base, base_path, tokenizer):
