@@ -103,9 +103,10 @@ class ExperimentConfig(BaseModel):
         default=1,
         description="contexts that a question reads, its own among them: a number, or [least, most]",
     )
-    distractors: dict[Literal["document", "neighbours", "random"], float] = Field(
+    distractors: dict[Literal["document", "neighbours", "random", "batch"], float] = Field(
         default={"random": 1.0},
-        description="where the others come from, and how often: of the question's document, by its words, any",
+        description="where the others come from, and how often: document (the question's), neighbours (by its words), "
+        "random (any), batch (of its other questions, at no cost)",
     )
     gold_missing: float = Field(
         default=0.0,

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssk.utils.flags import Parser, bool_flag, nearest, positive_int
+from dssk.utils.flags import LARGEST, Parser, bool_flag, nearest, positive_int
 
 KINDS = ("smollm2",)  # of bases that are converted, not made
 
@@ -103,7 +103,7 @@ def build_parser() -> Parser:
 
 def _tokenizer(text: str) -> str:
     kind, _, size = text.partition(":")
-    if kind == "bpe" and not (size.isdecimal() and int(size) >= SMALLEST_VOCABULARY):
+    if kind == "bpe" and not (size.isdecimal() and SMALLEST_VOCABULARY <= int(size) <= LARGEST):
         raise argparse.ArgumentTypeError(
             f"got {text!r}, want bpe:SIZE of at least {SMALLEST_VOCABULARY}, or a folder"
         )

@@ -52,6 +52,8 @@ class _Text(NamedTuple):
 class CrossAttnDataset(torch.utils.data.Dataset):
     """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
 
+    Distractors of the source `batch` depend on the other rows of the batch, too.
+
     An example is `input_ids` and `labels` (T,), and the context: its text `context`, and `encoder_hidden_states`
     (S, d), or `context_input_ids` (S,) with `encode_online`. Where questions read several, it is `contexts`: the number
     of each and the same of it. In training the rows are walked once for each of `kinds`: questions with their answers;
@@ -104,12 +106,23 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         return len(self.rows) * len(self.kinds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The examples of a batch; torch's loaders ask for them together."""
+        own = (
+            [] if self.distractors is None else self.own_contexts[np.array(indices) % len(self.rows)].tolist()
+        )
+        return [self._example(index, own) for index in indices]
+
+    def _example(self, index: int, batch: list[int]) -> dict[str, Any]:
+        """`batch` has the numbers of the contexts of all its questions."""
         kind, number = divmod(index, len(self.rows))
         row = self.rows[number]
         rng = np.random.default_rng([self.cfg.seed, self.epoch, index])
         numbers: list[int] = []  # of the contexts, where there may be several
         if self.distractors is not None:
-            row, numbers = self._with_others(self.kinds[kind], number, row, rng)
+            row, numbers = self._with_others(self.kinds[kind], number, row, batch, rng)
         make = {"questions": self._question, "documents": self._document, "contexts": self._context}
         text: _Text = make[self.kinds[kind]](row, rng)
         size = self.cfg.context_size
@@ -139,7 +152,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         return self.contexts.states(number)[: self.cfg.context_size]
 
     def _with_others(
-        self, kind: str, number: int, row: dict[str, Any], rng: np.random.Generator
+        self, kind: str, number: int, row: dict[str, Any], batch: list[int], rng: np.random.Generator
     ) -> tuple[dict[str, Any], list[int]]:
         """A row with the answer that it then has, and the numbers of the contexts that it reads."""
         distractors = self.distractors
@@ -149,10 +162,10 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             return row, [own]
         if rng.random() < self.cfg.gold_missing and not self.warming_up(self.epoch):
             golds = row["answers"] or [row["answer"]]
-            others = distractors.draw(own, row["question"], count, rng, without=golds)
+            others = distractors.draw(own, row["question"], count, rng, golds, batch)
             if others:
                 return {**row, "answer": prompts.NOT_IN_CONTEXT}, others
-        return row, [own, *distractors.draw(own, row["question"], count - 1, rng)]
+        return row, [own, *distractors.draw(own, row["question"], count - 1, rng, batch=batch)]
 
     def _question(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
         prompt = tokenize_question(self.tokenizer, row["question"], self.cfg.reader)

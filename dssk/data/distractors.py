@@ -1,12 +1,13 @@
 """Distractors: contexts of other questions, which a question reads beside its own.
 
-They come from three sources that never overlap: the question's document, the contexts of other documents that share
-most words with the question (hard ones), and any context of another document (easy ones).
+They come from the question's document, or from other documents: contexts that share most words with the question (hard
+ones), any (easy ones), or those of the other questions of a training batch, which are as easy and cost nothing, as they
+are loaded and projected anyway (in-batch negatives, as in Dense Passage Retrieval, arXiv 2004.04906).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,6 +20,8 @@ NEIGHBOURS = 20  # found for a question, of which some are drawn
 TRIES = 20  # draws of a random context before there is taken to be none left
 
 Source = Literal["document", "neighbours", "random"]
+BATCH = "batch"
+TrainingSource = Source | Literal["batch"]
 
 
 class Distractors:
@@ -38,7 +41,7 @@ class Distractors:
         titles: Sequence[str],
         text: Callable[[int], str],
         members: Sequence[int],
-        mix: Mapping[Source, float],
+        mix: Mapping[Any, float],
     ):
         if mix.get("document") and not any(titles):
             raise DsskError(
@@ -57,7 +60,7 @@ class Distractors:
 
     @classmethod
     def of_split(
-        cls, rows: datasets.Dataset, contexts: StoredContexts, mix: Mapping[Source, float]
+        cls, rows: datasets.Dataset, contexts: StoredContexts, mix: Mapping[TrainingSource, float]
     ) -> "Distractors":
         """Those of a split of `load_rows`: the contexts of its questions, and all others of their documents."""
         titles = contexts.column("title")
@@ -70,10 +73,11 @@ class Distractors:
         count: int,
         rng: np.random.Generator,
         without: Sequence[str] = (),
+        batch: Sequence[int] = (),
     ) -> list[int]:
         """At most `count` distinct contexts beside number `own`, fewer if there are no more.
 
-        None in which one of the texts `without` stands, in any case.
+        None in which one of the texts `without` stands, in any case. `batch` are those that the source of that name has.
         """
         chosen: list[int] = []
         unwanted = [text.lower() for text in without]
@@ -85,18 +89,27 @@ class Distractors:
 
         for place in rng.choice(len(self._sources), size=count, p=self._shares):
             for source in dict.fromkeys((self._sources[place], "random")):
-                if (drawn := self._one(source, own, question, rng, fits)) is not None:
+                if (drawn := self._one(source, own, question, batch, rng, fits)) is not None:
                     chosen.append(drawn)
                     break
         return chosen
 
     def _one(
-        self, source: str, own: int, question: str, rng: np.random.Generator, fits: Callable[[int], bool]
+        self,
+        source: str,
+        own: int,
+        question: str,
+        batch: Sequence[int],
+        rng: np.random.Generator,
+        fits: Callable[[int], bool],
     ) -> int | None:
         if source == "random":
             drawn = rng.choice(self.members, size=TRIES).tolist()
-            return next((n for n in drawn if self._documents[n] != self._documents[own] and fits(n)), None)
-        found = self._same_document(own) if source == "document" else self._neighbours(own, question)
+            return next((n for n in self._of_others(drawn, own) if fits(n)), None)
+        if source == "document":
+            found = self._same_document(own)
+        else:
+            found = self._of_others(batch if source == BATCH else self._neighbours(question), own)
         found = [number for number in found if fits(number)]
         return found[rng.integers(len(found))] if found else None
 
@@ -104,12 +117,16 @@ class Distractors:
         low, high = (np.searchsorted(self._ordered, self._documents[own], side) for side in ("left", "right"))
         return self._by_document[low:high].tolist()
 
-    def _neighbours(self, own: int, question: str) -> list[int]:
+    def _of_others(self, numbers: Sequence[int], own: int) -> list[int]:
+        """Those of these contexts that belong to another document."""
+        return [number for number in numbers if self._documents[number] != self._documents[own]]
+
+    def _neighbours(self, question: str) -> list[int]:
         if question not in self._found:
             self._found[question] = [
                 int(self.members[place]) for place, _ in self._index.search(question, NEIGHBOURS)
             ]
-        return [n for n in self._found[question] if self._documents[n] != self._documents[own]]
+        return self._found[question]
 
     @cached_property
     def _index(self) -> WordIndex:

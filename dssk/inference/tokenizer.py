@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.errors import DsskError
+from dssk.errors import DsskError, short
 from dssk.inference.faults import loading
 from dssk.utils.hub_names import is_on_hub
 
@@ -55,7 +55,13 @@ def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text and nothing else."""
+    """The tokens of a text and nothing else. Raises `DsskError` for what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DsskError(
+            f"{short(text, 60)!r}: half a surrogate pair at {error.start}, which is no text"
+        ) from None
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -48,6 +48,8 @@ NAME_FLAG = 4.0  # of names in their embedding, as a multiple of its root mean s
 # what they add to a state, beside that of the other heads.
 NAME_SCORE, POSITION_SCORE, NAME_SHARE = 15.0, 0.5, 0.4
 
+MOST_WEIGHTS = 1_000_000_000  # of a base; larger ones are pretrained elsewhere
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -78,6 +80,12 @@ class Settings:
             raise DsskError(
                 f"--subject_weight with --heads {self.heads} of {self.hidden_size // self.heads} units: two heads look "
                 "at names, want two more, and at least 8 units each"
+            )
+        width = self.hidden_size
+        if (size := 12 * self.layers * width**2 + self.positions * width) > MOST_WEIGHTS:
+            raise DsskError(
+                f"--layers {self.layers}, --hidden_size {width} and --positions {self.positions} are {size:.1e} "
+                f"parameters: want at most {MOST_WEIGHTS:.0e}, what is made here is small"
             )
         weights = (self.memory_weight, self.subject_weight)
         if self.steps < 0 or not self.learning_rate > 0 or not all(weight >= 0 for weight in weights):

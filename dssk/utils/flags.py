@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 
 
+LARGEST = 2**31  # number that a flag takes
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`", did you mean X?"` for the known word that `word` most resembles, else an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -68,13 +71,13 @@ def optional_str(text: str) -> str | None:
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1; `25_000` is accepted."""
+    """Parse a whole number of at least 1, and no absurd one; `25_000` is accepted."""
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
+    if not 1 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from 1 to {LARGEST}")
     return value
 
 

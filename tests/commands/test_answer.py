@@ -150,6 +150,7 @@ def test_the_command_answers_a_file_of_questions(command, model, tokenizer, libr
         ),
         (["--context", "-"], "leaves no standard input"),
         (["--context", "none", "--question", "x"], "cannot read none"),
+        (["--library", "LIBRARY", "--question", "a \udcff"], "half a surrogate pair at "),
         (["--library", "none", "--question", "x"], "no library of contexts at none"),
         (["--library", "LIBRARY", "--question", "x", "--context_id", "an"], "no context 'an'"),
         (["--library", "LIBRARY", "--input", "BAD"], 'bad:2: want {"question": text}'),

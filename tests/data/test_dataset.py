@@ -286,6 +286,18 @@ def test_contexts_of_a_batch_are_packed_and_each_is_there_once(several, tokenize
             assert torch.equal(packed[place], states)
 
 
+def test_distractors_of_the_batch_add_no_context_to_it(several, rows, tokenizer):
+    dataset = several(num_contexts=3, distractors={"batch": 1.0})
+    own = dataset.own_contexts[:8].tolist()
+    assert len(set(own)) > 3
+    loader = torch.utils.data.DataLoader(dataset, 8, collate_fn=lambda examples: examples)
+    examples = next(iter(loader))
+    for example, number in zip(examples, own, strict=True):
+        read = [number for number, _ in example["contexts"]]
+        assert read[0] == number and len(read) == 3 and set(read) <= set(own)
+    assert examples[3]["contexts"][0][0] == dataset[3]["contexts"][0][0]  # a row by itself has random ones
+
+
 def test_packed_contexts_may_be_encoded_online(several, tokenizer):
     dataset = several(encode_online=True, num_contexts=2)
     batch = Collator(tokenizer.pad_token_id)([dataset[index] for index in range(4)])

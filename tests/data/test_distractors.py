@@ -49,6 +49,14 @@ def test_sources_are_drawn_by_their_weights_and_nothing_unfit_is_drawn():
     assert {n for (n,) in drawn(make({"random": 1.0}), without=["Wood", "cheese"])} == {2, 4}
 
 
+def test_contexts_of_the_batch_are_of_other_documents_and_give_way_to_random_ones():
+    batch = make({"batch": 1.0})
+    assert {n for (n,) in drawn(batch, batch=[0, 1, 3, 5])} == {3, 5}
+    assert {n for (n,) in drawn(batch, batch=[0, 3, 5], without=["wood"])} == {5}
+    assert {n for (n,) in drawn(batch, batch=[0])} == {2, 3, 4, 5}
+    assert all(set(numbers) >= {3, 5} for numbers in drawn(batch, batch=[0, 3, 5], count=3))
+
+
 def test_no_draw_holds_a_context_twice_and_there_may_be_too_few():
     for numbers in drawn(make({"random": 1.0, "neighbours": 1.0, "document": 1.0}), count=9):
         assert len(numbers) == len(set(numbers)) <= 5

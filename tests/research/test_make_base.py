@@ -305,6 +305,8 @@ def test_a_wrong_flag_exits_with_one_line(tmp_path, capsys, flags, message):
             "--memory_weight -1.0, --subject_weight 0.0: want a rate above 0, and none of them below 0",
         ),
         (["--learning_rate", "nan"], "want a rate above 0"),
+        (["--layers", "2000000000"], r"are 3.9e\+14 parameters: want at most 1e\+09"),
+        (["--positions", "2000000000"], r"are 2.6e\+11 parameters: want at most 1e\+09"),
     ],
 )
 def test_an_impossible_shape_is_refused_in_words(tmp_path, flags, message):

@@ -87,7 +87,8 @@ def test_flags_survive_being_sent_again_as_name_and_value(steps, reset, gradient
     [
         ([*REQUIRED, "--step", "3"], "unknown flag --step, did you mean --steps?"),
         ([*REQUIRED, "--log_evry=3"], "unknown flag --log_evry, did you mean --log_every?"),
-        ([*REQUIRED, "--steps", "0"], "got '0', want a whole number of at least 1"),
+        ([*REQUIRED, "--steps", "0"], "got '0', want a whole number from 1 to 2147483648"),
+        ([*REQUIRED, "--steps", "1" + "0" * 300], "want a whole number from 1 to 2147483648"),
         ([*REQUIRED, "--reset", "maybe"], "got 'maybe', want true or false"),
         ([*REQUIRED, "--job_action", "stop"], "got 'stop', want run, status, reset, kill, logs"),
         ([*REQUIRED, "extra"], "unexpected argument 'extra'"),
