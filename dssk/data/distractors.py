@@ -77,7 +77,7 @@ class Distractors:
     ) -> list[int]:
         """At most `count` distinct contexts beside number `own`, fewer if there are no more.
 
-        None in which one of the texts `without` stands, in any case. `batch` are those that the source of that name has.
+        None in which one of the texts `without` stands, in any case. `batch` are those of the source of that name.
         """
         chosen: list[int] = []
         unwanted = [text.lower() for text in without]

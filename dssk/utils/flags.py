@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 
-
 LARGEST = 2**31  # number that a flag takes
 
 

@@ -294,7 +294,8 @@ def test_distractors_of_the_batch_add_no_context_to_it(several, rows, tokenizer)
     examples = next(iter(loader))
     for example, number in zip(examples, own, strict=True):
         read = [number for number, _ in example["contexts"]]
-        assert read[0] == number and len(read) == 3 and set(read) <= set(own)
+        assert (read[0], len(read)) == (number, 3)
+        assert set(read) <= set(own)
     assert examples[3]["contexts"][0][0] == dataset[3]["contexts"][0][0]  # a row by itself has random ones
 
 
