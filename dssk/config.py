@@ -91,6 +91,12 @@ class ExperimentConfig(BaseModel):
     reader_rank: int | None = Field(
         default=None, ge=1, le=MAX_WIDTH, description="rank of a merged reader's maps; None: full"
     )
+    reader_replay: int = Field(
+        default=0,
+        ge=0,
+        le=2**31,
+        description="layers from encode_layer on that a merged reader runs again on stored states: exact, at a cost",
+    )
     decoder_lora: DecoderLora | None = Field(
         default=None,
         description='adapters of the decoder that act only while a context is read, {"rank": 16}; None: none',

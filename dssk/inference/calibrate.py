@@ -300,7 +300,8 @@ def _observe(
     with ExitStack() as stack:
         if inner:
             stack.enter_context(layer_inputs(layers, inner, states))
-        stack.enter_context(_projected(layers, outputs))
+        mapped = [layers[layer] for layer in reader.mapped_layers]
+        stack.enter_context(_projected(mapped, outputs))
         states[reader.num_layers] = backbone(
             ids, attention_mask=mask.long(), use_cache=False
         ).last_hidden_state
@@ -312,7 +313,7 @@ def _observe(
 
 
 @contextmanager
-def _projected(layers: nn.ModuleList, outputs: list[torch.Tensor]) -> Iterator[None]:
+def _projected(layers: Sequence[nn.Module], outputs: list[torch.Tensor]) -> Iterator[None]:
     """Collect what each projection of keys and values gives, in the order of the reader's maps."""
     modules = [module for layer in layers for _, module in find_projections(layer)]
     found: dict[int, torch.Tensor] = {}

@@ -58,6 +58,8 @@ class CrossAttnConfig(_Base):
         encode_layer: whose states are stored and read: `"last"`, after the final norm; a layer, whose input it is; a
             share of the depth; or a list of these, one state behind the other.
         reader_rank: width of a bottleneck that the maps of a merged reader share; `None` for full maps.
+        reader_replay: layers, from `encode_layer` on, that a merged reader runs again on stored states: their
+            keys and values are exact, at the cost of so many layers of a prompt; maps serve the other layers.
         decoder_lora: low-rank adapters of the decoder's linear layers, which act only while a context is read:
             `{"rank": 16}`, optionally with `"alpha"` (default: twice the rank); their output is scaled by alpha / rank.
         cross_attn_only: the saved weights are the cross-attention blocks alone, to be placed into the base
@@ -79,6 +81,7 @@ class CrossAttnConfig(_Base):
     reader: str = "cross_attention"
     encode_layer: str | int | float | list = LAST
     reader_rank: int | None = None
+    reader_replay: int = 0
     decoder_lora: dict | None = None
     cross_attn_only: bool = False
     base_model_name_or_path: str | None = None
@@ -149,12 +152,24 @@ class CrossAttnConfig(_Base):
 
         if len(self.encode_layers) > 1 and self.reader == "cross_attention":
             raise ValueError(f"encode_layer is {self.encode_layer}, blocks read one layer's states: want one")
+        most = self.num_hidden_layers - self.encode_layers[-1] if self.reader == "merged" else 0
+        if not 0 <= self.reader_replay <= most:
+            raise ValueError(
+                f"reader_replay is {self.reader_replay}, from encode_layer {self.encode_layer} on the "
+                f"{self.reader} reader has {most} layers to run again: want 0 to {most}"
+            )
 
     @property
     def encode_layers(self) -> tuple[int, ...]:
         """The layers whose inputs are stored, `num_hidden_layers` for the state after the final norm."""
         several = self.encode_layer if isinstance(self.encode_layer, list) else [self.encode_layer]
         return tuple(layer_index(layer, self.num_hidden_layers) for layer in several)
+
+    @property
+    def replayed_layers(self) -> range:
+        """The layers that are run again on a context's stored states."""
+        first = self.encode_layers[-1]
+        return range(first, first + self.reader_replay)
 
     @property
     def cross_attn_layers(self) -> list[int]:

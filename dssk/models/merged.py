@@ -5,6 +5,9 @@ token. The rest (norms of the keys, rotary positions, the layout of the heads) i
 decoder runs once over the context with the projections' outputs replaced, and every layer stops as soon as it hands
 its keys and values to the cache. So no family needs code of its own, and what comes out is an ordinary cache.
 
+With `replay`, so many layers from the stored one on are run again on the stored states, as the base ran them: what
+they make is exact, for the share of a prompt's cost that these layers are. Maps serve the other layers.
+
 Only the maps are trained, as one matrix for all layers. Nothing is added to the decoder: without a context it is the
 base.
 
@@ -51,13 +54,17 @@ class _Kept(Exception):
 class _Capture(Cache):
     """In place of the KV cache while a context is read: keeps the keys and values of each layer, and ends the layer."""
 
-    def __init__(self, outputs: list[torch.Tensor], num_layers: int):
+    def __init__(self, outputs: list[torch.Tensor], num_layers: int, states: torch.Tensor, whole: range):
         self.layers: list = []
         self.outputs = outputs  # of each mapped projection
+        self.states = states  # (C, S, d) that the first replayed layer is given
+        self.whole = whole  # layers that are run to their end, as the next one is replayed
         self.kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
     def update(self, key_states, value_states, layer_idx: int, *args: Any, **kwargs: Any):
         self.kept[layer_idx] = (key_states, value_states)
+        if layer_idx in self.whole:
+            return key_states, value_states
         raise _Kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -76,10 +83,11 @@ class MappedProjection(Mixed):
 
     merged_slot: int | None  # which of the mapped outputs; None for one that makes queries alone
     merged_rows: int  # width of its output
+    merged_replay: bool  # its layer is replayed: its output is its own
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         capture = _capturing.get()
-        if capture is None:
+        if capture is None or self.merged_replay:
             return super().forward(hidden_states, *args, **kwargs)
         if self.merged_slot is None:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], self.merged_rows)
@@ -90,12 +98,21 @@ class CapturedLayer(Mixed):
     """Mixed into each decoder layer: during a capture it ends where its keys and values are complete."""
 
     merged_returns: int | None = None  # how many values its forward pass returns; 0 for a bare tensor
+    merged_index: int
+    merged_enters: bool  # the first replayed layer: its input are the stored states
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if _capturing.get() is None:
+        capture = _capturing.get()
+        if capture is None:
             output = super().forward(*args, **kwargs)
             self.merged_returns = len(output) if isinstance(output, tuple) else 0
             return output
+        if self.merged_enters and args:
+            args = (capture.states, *args[1:])
+        elif self.merged_enters:
+            kwargs["hidden_states"] = capture.states
+        if self.merged_index in capture.whole:
+            return super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         try:
             super().forward(*args, **kwargs)
@@ -147,6 +164,14 @@ class MergedContext:
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
         return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    def packed(self) -> "MergedContext":
+        """The same contexts one behind the other, without padding: one row of all their tokens."""
+        keys, values = (
+            tuple(t.transpose(1, 2)[self.mask][None].transpose(1, 2) for t in tensors)
+            for tensors in (self.keys, self.values)
+        )
+        return MergedContext(keys, values, self.mask[self.mask][None], self.lengths)
 
     def gathered(self, tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> "MergedContext":
         """From packed contexts, gather the `tokens` (B, L) that each row reads; `mask` (B, L) is False at padding.
@@ -200,19 +225,26 @@ class MergedReader(nn.Module):
             values can be captured. Its weights are not changed, and no reference to it is kept.
         num_states: number of layers whose states are stored, concatenated, for each token.
         rank: width of a bottleneck that all maps share; `None` for full maps.
+        replayed: the layers that are run again on the (last) stored state, which is the input of the first of them.
     """
 
     shift: torch.Tensor  # (num_states x d,) mean of a normalized state
     scale: torch.Tensor  # (num_states x d,) one over its standard deviation
     rows: torch.Tensor  # (all mapped outputs,) which output of its projection each is
 
-    def __init__(self, backbone: nn.Module, num_states: int = 1, rank: int | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_states: int = 1,
+        rank: int | None = None,
+        replayed: range = range(0),
+    ):
         super().__init__()
         config: Any = backbone.config
         text = config.get_text_config()
-        self.num_states, self.rank = num_states, rank
+        self.num_states, self.rank, self.replayed = num_states, rank, replayed
         self.num_layers: int = text.num_hidden_layers
-        self.widths = _prepare(find_layers(backbone, self.num_layers)[1], text)
+        self.widths = _prepare(find_layers(backbone, self.num_layers)[1], text, replayed)
         width, outputs = num_states * text.hidden_size, sum(mapped for mapped, _ in self.widths)
         self.down = None if rank is None else MergedLinear(width, rank, bias=False)
         self.up = MergedLinear(width if rank is None else rank, outputs)
@@ -220,6 +252,11 @@ class MergedReader(nn.Module):
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.register_buffer("rows", self.last_rows(), persistent=self.fused)
+
+    @property
+    def mapped_layers(self) -> list[int]:
+        """The layers whose keys and values the maps make."""
+        return [layer for layer in range(self.num_layers) if layer not in self.replayed]
 
     @property
     def fused(self) -> bool:
@@ -257,7 +294,8 @@ class MergedReader(nn.Module):
         count = states.shape[1]
         if positions is None:
             positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
-        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions)
+        tokens = mask.gather(1, order)
+        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions, ordered, tokens)
         keys, values = zip(*kept, strict=True)
         return MergedContext(keys, values, visible.gather(1, order), lengths)
 
@@ -275,15 +313,27 @@ class MergedReader(nn.Module):
         return outputs
 
     def _capture(
-        self, backbone: nn.Module, outputs: list[torch.Tensor], positions: torch.Tensor
+        self,
+        backbone: nn.Module,
+        outputs: list[torch.Tensor],
+        positions: torch.Tensor,
+        states: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, (C, K, S, D) each, for given outputs of their projections."""
+        """Keys and values of each layer, (C, K, S, D) each, for given outputs of their projections.
+
+        Layers that are replayed make them from the states (C, S, num_states x d); `tokens` (C, S) masks padding.
+        """
         config: Any = backbone.config
         stack, layers = find_layers(backbone, self.num_layers)
-        embedded = outputs[0].new_zeros(*positions.shape, config.get_text_config().hidden_size)
-        embedded = embedded.to(_dtype(backbone))
+        width = config.get_text_config().hidden_size
+        embedded = outputs[0].new_zeros(*positions.shape, width, dtype=_dtype(backbone))
         given = {"position_ids": positions} if accepts(backbone, "position_ids") else {}
-        capture = _Capture(outputs, self.num_layers)
+        if self.replayed:
+            given["attention_mask"] = tokens.long()
+        capture = _Capture(
+            outputs, self.num_layers, states[..., -width:].to(embedded.dtype), self.replayed[:-1]
+        )
         with _evaluating([backbone, stack, *layers]):
             if layers[0].merged_returns is None:  # an ordinary run shows what the layers return
                 with torch.no_grad():
@@ -304,7 +354,9 @@ class MergedReader(nn.Module):
                 torch.randn(1, 2, whole, generator=generator).to(device).requires_grad_()
                 for _, whole in self.widths
             ]
-            kept = self._capture(backbone, outputs, torch.arange(2, device=device)[None])
+            pair = torch.arange(2, device=device)[None]
+            states = torch.zeros(1, 2, len(self.shift), device=device)
+            kept = self._capture(backbone, outputs, pair, states, torch.ones_like(pair))
             flat = torch.cat([tensor.float().flatten() for pair in kept for tensor in pair])
             gradients = torch.autograd.grad(
                 flat @ torch.randn(len(flat), generator=generator).to(device), outputs
@@ -353,7 +405,7 @@ def find_projections(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return []
 
 
-def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int]]:
+def _prepare(layers: nn.ModuleList, config: Any, replayed: range) -> list[tuple[int, int]]:
     """Extend layers and projections for capturing; returns (mapped outputs, all outputs) of each projection."""
     widths: list[tuple[int, int]] = []
     for index, layer in enumerate(layers):
@@ -363,16 +415,19 @@ def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int]]:
                 f"layer {index} of a {config.model_type} model has no attention with projections of its own "
                 f"({', '.join('/'.join(names) for names in PROJECTIONS)}): it cannot read a merged context"
             )
+        replay = index in replayed
         for name, module in projections:
             whole = _out_features(module)
-            mapped = (
-                whole if name in ("k_proj", "v_proj", "kv_a_proj_with_mqa") else whole - _query_width(config)
-            )
-            extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole)
-            widths.append((mapped, whole))
+            extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole, merged_replay=replay)
+            if not replay:
+                alone = name in ("k_proj", "v_proj", "kv_a_proj_with_mqa")
+                widths.append((whole if alone else whole - _query_width(config), whole))
         if (query := next((m for n, m in layer.named_modules() if n.endswith("q_proj")), None)) is not None:
-            extend(query, MappedProjection, merged_slot=None, merged_rows=_out_features(query))
-        extend(layer, CapturedLayer)
+            rows = _out_features(query)
+            extend(query, MappedProjection, merged_slot=None, merged_rows=rows, merged_replay=replay)
+        extend(
+            layer, CapturedLayer, merged_index=index, merged_enters=replayed[:1] == range(index, index + 1)
+        )
     return widths
 
 

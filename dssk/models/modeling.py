@@ -174,7 +174,7 @@ class CrossAttnPreTrainedModel(_Base):
             mask = hide_tokens(tokens, self.config.cross_attn_dropout_prob)
         if self.config.reader == "merged":
             hidden = None if tokens is None or mask is None else tokens & ~mask
-            return reading.during(None, self.cross_attn_blocks[0], self.base_model, states, tokens, hidden)
+            return self._merged(states, tokens, hidden)
         if mask is not None and not self.training and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # attention without a mask takes the faster kernels
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
@@ -192,13 +192,19 @@ class CrossAttnPreTrainedModel(_Base):
         if self.training and self.config.cross_attn_dropout_prob > 0:
             mask = hide_tokens(visible, self.config.cross_attn_dropout_prob)
         if self.config.reader == "merged":
-            positions = packing.positions()[None]
-            whole = reading.during(
-                None, self.cross_attn_blocks[0], self.base_model, states, positions=positions
-            )
+            if self.config.reader_replay:  # layers that are run again attend, each context to itself
+                whole = self._merged(*packing.padded(states)).packed()
+            else:
+                whole = self._merged(states, positions=packing.positions()[None])
             return whole.gathered(tokens, mask, packing.row_lengths().amax(1))
         keys, values = zip(*(block.attn(states) for block in self.cross_attn_blocks), strict=True)
         return ProjectedContext(keys, values, None).gathered(tokens, mask)
+
+    def _merged(self, *args: Any, **kwargs: Any) -> MergedContext:
+        """What a merged reader makes of states. Layers that it runs again are part of reading: their adapters act."""
+        blocks = self.cross_attn_blocks
+        now = Reading(blocks, None, self.decoder_adapters) if self.config.reader_replay else None
+        return reading.during(now, blocks[0], self.base_model, *args, **kwargs)
 
     @torch.no_grad()
     def encode(
@@ -296,7 +302,8 @@ class CrossAttnModel(CrossAttnPreTrainedModel):
         if self.config.reader == "merged":
             self._no_split_modules = _without_blocks(self._no_split_modules)
             states = len(self.config.encode_layers)
-            self.cross_attn = nn.ModuleList([MergedReader(self, states, self.config.reader_rank)])
+            reader = MergedReader(self, states, self.config.reader_rank, self.config.replayed_layers)
+            self.cross_attn = nn.ModuleList([reader])
             return
         layers = self.config.cross_attn_layers
         distinct = 1 if self.config.cross_attn_shared_weights else len(layers)

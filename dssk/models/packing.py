@@ -35,6 +35,13 @@ class Packing:
             return torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
         return self.groups
 
+    def padded(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed states (1, N, d) in rows of their own (C, S, d), and the mask (C, S) of their tokens."""
+        mask = torch.arange(int(self.lengths.max()), device=states.device) < self.lengths[:, None]
+        rows = states.new_zeros(*mask.shape, states.shape[-1])
+        rows[mask] = states[0]
+        return rows, mask
+
     def positions(self) -> torch.Tensor:
         """(N,) the place of each token in its context, from 0."""
         starts = self.lengths.cumsum(0) - self.lengths

@@ -159,6 +159,17 @@ def test_a_fused_model_is_fitted_as_the_base_alone_is(family, tmp_path):
         torch.testing.assert_close(model.cross_attn_blocks[0].state_dict()[name], value, atol=1e-3, rtol=1e-3)
 
 
+def test_maps_are_fitted_for_the_layers_that_are_not_run_again_alone(tmp_path):
+    make_model("llama", max_position_embeddings=256).save_pretrained(tmp_path)
+    models = [dssk.from_base(tmp_path, reader="merged", encode_layer=1, reader_replay=n) for n in (0, 2)]
+    whole, fewer = (model.cross_attn_blocks[0] for model in models)
+    for model in models:
+        fit_reader(model, texts(20), num_tokens=1000)
+    rows = len(fewer.up.weight)
+    assert rows * 3 == len(whole.up.weight)
+    torch.testing.assert_close(fewer.up.weight, whole.up.weight[:rows], atol=1e-3, rtol=1e-3)
+
+
 def test_first_tokens_cut_the_last_text():
     assert first_tokens([[1, 2, 3], [4, 5, 6], [7]], 5) == [[1, 2, 3], [4, 5]]
     assert first_tokens([[1, 2, 3]], 9) == [[1, 2, 3]]

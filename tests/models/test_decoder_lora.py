@@ -142,6 +142,25 @@ def test_every_linear_layer_learns_and_nothing_of_the_base(model):
     assert model.trainable_parameters()[0] == trained
 
 
+def test_adapters_act_in_the_layers_that_are_run_again_on_a_context(tmp_path):
+    path = tiny_base("llama", tmp_path)
+    how = {"reader": "merged", "encode_layer": 1, "reader_replay": 2, "decoder_lora": {"rank": 4}}
+    model = dssk.from_base(path, **how)
+    states, mask = model.encode(ids(2, 5, seed=1))
+    with torch.no_grad():
+        before = model.project_context(states, mask)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".up"):
+            nn.init.normal_(parameter, std=0.3)
+    after = model.project_context(states, mask)
+    assert [torch.equal(a, b) for a, b in zip(before.keys, after.keys, strict=True)] == [True, False, False]
+    assert torch.equal(model.encode(ids(2, 5, seed=1))[0], states)
+    after.values[2].sum().backward()
+    graded = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("decoder_lora.1_mlp" in name for name in graded)
+    assert not any("decoder_lora.0_" in name for name in graded)
+
+
 def test_what_is_saved_loads_and_the_base_keeps_its_names(model, base, tmp_path):
     expected = model(ids(2, 7), context=projected(model)).logits
     assert set(model.base_state_dict()) == set(base.state_dict())

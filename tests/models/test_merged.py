@@ -43,18 +43,19 @@ def mask_of(lengths: list[int], left: bool = False) -> torch.Tensor:
     return where >= max(lengths) - counts if left else where < counts
 
 
-def exact_reader(model) -> MergedReader:
+def exact_reader(model, replayed: range = range(0)) -> MergedReader:
     """A reader of true projection outputs: what is stored for a token is what the maps are to give."""
-    reader = MergedReader(model.base_model)
+    reader = MergedReader(model.base_model, replayed=replayed)
     reader.find_rows(model.base_model)
-    reader.maps = lambda states: states  # type: ignore[method-assign]
+    outputs = sum(width for width, _ in reader.widths)
+    reader.maps = lambda states: states[..., :outputs]  # type: ignore[method-assign]
     return reader
 
 
 def true_outputs(model, reader: MergedReader, context: torch.Tensor) -> torch.Tensor:
     """What every projection gives in an ordinary run over one context (S,), only the rows that are mapped."""
     layers = find_layers(model.base_model, model.config.num_hidden_layers)[1]
-    modules = [module for layer in layers for _, module in find_projections(layer)]
+    modules = [module for layer in reader.mapped_layers for _, module in find_projections(layers[layer])]
     outputs: list[torch.Tensor] = []
     hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
     model(context[None], use_cache=False)
@@ -86,6 +87,25 @@ def test_exact_keys_and_values_are_the_prompt(model, left):
     contexts, text = ids(2, S), ids(2, T, seed=1)
     states = stored(model, reader, contexts, LENGTHS, left)
     context = reader(model.base_model, states, mask_of(LENGTHS, left))
+    logits = model(text, **arguments(model, context, None, len(text), T)).logits
+    for row, length in enumerate(LENGTHS):
+        want = prompted_logits(model, contexts[row, :length], text[row])
+        torch.testing.assert_close(logits[row], want, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("replayed", [range(1, 3), range(1, 2), range(2, 3)])
+def test_replayed_layers_are_the_prompts(model, left, replayed):
+    reader = exact_reader(model, replayed)
+    contexts, text = ids(2, S), ids(2, T, seed=1)
+    outputs = stored(model, reader, contexts, LENGTHS, left)
+    mask = mask_of(LENGTHS, left)
+    states, _ = encode_states(model.base_model, contexts, None, [replayed.start])
+    given = torch.zeros_like(states)
+    for row, length in enumerate(LENGTHS):
+        given[row, mask[row]] = states[row, :length]
+    context = reader(model.base_model, torch.cat([outputs, given], -1), mask)
     logits = model(text, **arguments(model, context, None, len(text), T)).logits
     for row, length in enumerate(LENGTHS):
         want = prompted_logits(model, contexts[row, :length], text[row])

@@ -26,13 +26,14 @@ def test_every_row_names_the_tokens_of_its_contexts_at_its_right_end():
     assert alone[visible].tolist() == list(range(13))
 
 
-@pytest.fixture(scope="module", params=["cross_attention", "merged"])
+@pytest.fixture(scope="module", params=["cross_attention", "merged", "replay"])
 def model(request, base_path, tmp_path_factory):
     if request.param == "cross_attention":
         return fused(base_path)
     folder = tiny_base("llama", tmp_path_factory.mktemp("llama"), vocab_size=VOCAB_SIZE)
     torch.manual_seed(1)
-    model = dssk.from_base(folder, reader="merged", encode_layer=2).eval()
+    replay = 1 if request.param == "replay" else 0
+    model = dssk.from_base(folder, reader="merged", encode_layer=2, reader_replay=replay).eval()
     with torch.no_grad():
         model.cross_attn_blocks[0].up.weight.normal_(std=0.3)
     return model

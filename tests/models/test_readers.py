@@ -130,7 +130,9 @@ def test_only_the_maps_train_and_the_loss_is_the_familys_own(model, base):
     torch.testing.assert_close(loss.detach(), expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"encode_layer": [1, "last"]}, {"reader_rank": 8}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"encode_layer": [1, "last"]}, {"reader_rank": 8}, {"reader_replay": 1}], ids=str
+)
 def test_what_is_saved_loads(family, fields, tmp_path):
     model = fused(family[1], **fields)
     with torch.no_grad():
@@ -142,6 +144,20 @@ def test_what_is_saved_loads(family, fields, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert loaded.config.encode_layers == model.config.encode_layers
         assert torch.equal(loaded(ids(2, 7), context=projected(loaded)).logits, expected)
+
+
+def test_layers_that_are_run_again_make_what_the_prompt_has(family):
+    """Mapped is the layer below, so their keys and values alone are compared."""
+    model = fused(family[1], encode_layer=1, reader_replay=2)
+    context = projected(model, 1)
+    whole = model(ids(1, 5, seed=1)[:, :3], use_cache=True).past_key_values
+    for layer in (1, 2):
+        torch.testing.assert_close(
+            context.keys[layer][:, :, -3:], whole.layers[layer].keys, atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            context.values[layer][:, :, -3:], whole.layers[layer].values, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_encoding_stops_at_its_layer(family):

@@ -57,6 +57,14 @@ def test_maps_start_fitted_learn_and_load_from_a_checkpoint_and_a_fused_folder(r
     assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["encode_layer"] == 2
 
 
+@pytest.mark.parametrize("changes", [{}, {"decoder_lora": {"rank": 2}}, {"num_contexts": 3}], ids=str)
+def test_layers_that_are_run_again_train_beside_the_maps(run, changes):
+    folder = run("--steps", "6", learning_rate=2e-3, encode_layer=2, reader_replay=1, **changes)
+    seen = losses(folder)
+    assert seen[6] < seen[2]
+    assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["reader_replay"] == 1
+
+
 def test_a_run_goes_on_from_its_checkpoint_maps_and_adapters(run, monkeypatch):
     settings = {"cross_attn_dropout_prob": 0.0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     settings["decoder_lora"] = {"rank": 2}
