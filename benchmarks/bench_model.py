@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from dssk.inference.auto import from_base
+from dssk.inference.generation import greedy
 from dssk.inference.loading import load_base
 from dssk.models.modeling import CrossAttnForCausalLM
 from dssk.models.shapes import kv_cache_values
@@ -82,13 +83,8 @@ class Latencies(BaseStreamer):
 
     def measure(self, model, ids: torch.Tensor, **context) -> None:
         self._stamps = [time.perf_counter()]
-        how = {
-            "max_new_tokens": NEW_TOKENS,
-            "min_new_tokens": NEW_TOKENS,
-            "do_sample": False,
-            "pad_token_id": 4,
-        }
-        model.generate(ids, streamer=self, **how, **context)
+        how = greedy(NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=4)
+        model.generate(ids, streamer=self, generation_config=how, **context)
         _, _, *tokens_ = self._stamps  # the start, the prompt, then every new token
         self.first.append(tokens_[0] - self._stamps[0])
         self.later += [after - before for before, after in pairwise(tokens_)]

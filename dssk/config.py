@@ -239,6 +239,11 @@ def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:
             f"experiment: questions_per_context is {cfg.questions_per_context}, want a divisor of train_batch_size, "
             f"which is {cfg.train_batch_size}"
         )
+    if cfg.distractors.get("batch") and cfg.train_batch_size <= cfg.questions_per_context:
+        raise DsskError(
+            f"experiment: distractors of the batch, and a train_batch_size of {cfg.train_batch_size} with "
+            f"{cfg.questions_per_context} questions a context has one context: want random ones, or a larger batch"
+        )
     if cfg.questions_per_context > 1 and cfg.include_context_ids:
         raise DsskError(
             "experiment: include_context_ids makes rows of the contexts themselves, which share none: set it to false, "

@@ -12,11 +12,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssk.utils.flags import LARGEST, Parser, bool_flag, nearest, positive_int
+from dssk.utils.flags import Parser, bool_flag, count, nearest, positive_int, seed
 
 KINDS = ("smollm2",)  # of bases that are converted, not made
 
 SMALLEST_VOCABULARY = 256 + 5  # every byte and the special tokens
+LARGEST_VOCABULARY = 1_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def build_parser() -> Parser:
     add("--positions", type=positive_int, default=256, metavar="TOKENS", help="context window")
     add(
         "--steps",
-        type=int,
+        type=count,
         default=120,
         metavar="STEPS",
         help="optimizer steps of language modelling; 0: keep the structured initialization",
@@ -97,14 +98,14 @@ def build_parser() -> Parser:
         metavar="WEIGHT",
         help="weight of the auxiliary loss that makes states keep the name of what a toy text is about",
     )
-    add("--seed", type=int, default=0, metavar="SEED", help="of text, weights and order of documents")
+    add("--seed", type=seed, default=0, metavar="SEED", help="of text, weights and order of documents")
     return parser
 
 
 def _tokenizer(text: str) -> str:
     kind, _, size = text.partition(":")
-    if kind == "bpe" and not (size.isdecimal() and SMALLEST_VOCABULARY <= int(size) <= LARGEST):
+    if kind == "bpe" and not (size.isdecimal() and SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, want bpe:SIZE of at least {SMALLEST_VOCABULARY}, or a folder"
+            f"got {text!r}, want bpe:SIZE from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}, or a folder"
         )
     return text

@@ -19,6 +19,7 @@ from dssk.utils.flags import (
     bool_flag,
     minutes,
     positive_int,
+    seed,
 )
 
 
@@ -70,7 +71,7 @@ def build_parser() -> Parser:
         f"{RATE_FACTORS['full']:g} times for all weights)",
     )
     add("--lora_rank", type=positive_int, default=16, metavar="RANK", help="rank of LoRA's matrices")
-    add("--seed", type=int, default=0, metavar="SEED", help="of the order of rows")
+    add("--seed", type=seed, default=0, metavar="SEED", help="of the order of rows")
     parser.add_argument(
         "--medium_cost",
         type=bool_flag,

@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"wrote {args.output}: {len(context)} contexts of {tokens} tokens, {size(args.output.stat().st_size)}"
     )
     if model.config.decoder_lora:
-        print(
-            f"the adapters of {args.checkpoint} (decoder_lora) are not in it: a plain engine answers without them"
-        )
+        acted = ", which acted in the layers that were run again" if model.config.reader_replay else ""
+        print(f"a plain engine answers without the adapters of {args.checkpoint} (decoder_lora){acted}")
 
 
 def find_states(args: Namespace, model: Any, tokenizer: Any) -> "list[torch.Tensor]":

@@ -50,9 +50,8 @@ class _Text(NamedTuple):
 
 
 class CrossAttnDataset(torch.utils.data.Dataset):
-    """Rows of `load_rows` as examples; an example depends only on (seed, epoch, index), not on workers or order.
-
-    Distractors of the source `batch` depend on the other rows of the batch, too.
+    """Rows of `load_rows` as examples, which depend only on (seed, epoch, index), not on workers or order: with
+    distractors of the source `batch` on the indices of the batch, too.
 
     An example is `input_ids` and `labels` (T,), and the context: its text `context`, and `encoder_hidden_states`
     (S, d), or `context_input_ids` (S,) with `encode_online`. Where questions read several, it is `contexts`: the number
@@ -110,10 +109,11 @@ class CrossAttnDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The examples of a batch; torch's loaders ask for them together."""
-        own = (
-            [] if self.distractors is None else self.own_contexts[np.array(indices) % len(self.rows)].tolist()
-        )
-        return [self._example(index, own) for index in indices]
+        own: list[int] = []
+        if self.distractors is not None:
+            own = self.own_contexts[np.array(indices) % len(self.rows)].tolist()
+        batch = list(dict.fromkeys(own))
+        return [self._example(index, batch) for index in indices]
 
     def _example(self, index: int, batch: list[int]) -> dict[str, Any]:
         """`batch` has the numbers of the contexts of all its questions."""

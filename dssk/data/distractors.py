@@ -7,7 +7,7 @@ are loaded and projected anyway (in-batch negatives, as in Dense Passage Retriev
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -41,7 +41,7 @@ class Distractors:
         titles: Sequence[str],
         text: Callable[[int], str],
         members: Sequence[int],
-        mix: Mapping[Any, float],
+        mix: Mapping[Source, float] | Mapping[TrainingSource, float],
     ):
         if mix.get("document") and not any(titles):
             raise DsskError(

@@ -54,14 +54,18 @@ def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
 # --- the prompts as tokens -------------------------------------------------------------------------------------
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text and nothing else. Raises `DsskError` for what is no text."""
+def check_text(text: str) -> None:
+    """Raise `DsskError` for what no tokenizer takes: halves of surrogate pairs, such as stray bytes of a shell."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DsskError(
-            f"{short(text, 60)!r}: half a surrogate pair at {error.start}, which is no text"
-        ) from None
+        place = f"half a surrogate pair at {error.start}"
+        raise DsskError(f"{short(text, 60)!r}: {place}, which is no text") from None
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text and nothing else."""
+    check_text(text)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -88,6 +92,8 @@ def tokenize_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The same for many contexts, which takes far less time than one by one."""
     leading = leading_ids(tokenizer)
+    for text in texts:
+        check_text(text)
     encoded = tokenizer(
         [prompts.context(text) for text in texts],
         add_special_tokens=False,

@@ -2,11 +2,11 @@
 
 A state of one layer is mapped linearly to what the key and value projections of each layer would have given for that
 token. The rest (norms of the keys, rotary positions, the layout of the heads) is done by each layer's own code: the
-decoder runs once over the context with the projections' outputs replaced, and every layer stops as soon as it hands
-its keys and values to the cache. So no family needs code of its own, and what comes out is an ordinary cache.
+decoder runs once over the context with the projections' outputs replaced, and a layer stops as soon as it hands its
+keys and values to the cache. So no family needs code of its own, and what comes out is an ordinary cache.
 
-With `replay`, so many layers from the stored one on are run again on the stored states, as the base ran them: what
-they make is exact, for the share of a prompt's cost that these layers are. Maps serve the other layers.
+Layers from the stored one on can be *replayed*: run again on the stored states, as the base ran them. Their keys and
+values are those of the prompt but for the rounding of what is stored, at the cost of so many layers of a prompt.
 
 Only the maps are trained, as one matrix for all layers. Nothing is added to the decoder: without a context it is the
 base.
@@ -54,11 +54,11 @@ class _Kept(Exception):
 class _Capture(Cache):
     """In place of the KV cache while a context is read: keeps the keys and values of each layer, and ends the layer."""
 
-    def __init__(self, outputs: list[torch.Tensor], num_layers: int, states: torch.Tensor, whole: range):
+    def __init__(self, outputs: list[torch.Tensor], num_layers: int):
         self.layers: list = []
         self.outputs = outputs  # of each mapped projection
-        self.states = states  # (C, S, d) that the first replayed layer is given
-        self.whole = whole  # layers that are run to their end, as the next one is replayed
+        self.states: torch.Tensor | None = None  # (C, S, d) that the first replayed layer is given
+        self.whole = range(0)  # layers that are run to their end, as the next one is replayed
         self.kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
 
     def update(self, key_states, value_states, layer_idx: int, *args: Any, **kwargs: Any):
@@ -171,7 +171,7 @@ class MergedContext:
             tuple(t.transpose(1, 2)[self.mask][None].transpose(1, 2) for t in tensors)
             for tensors in (self.keys, self.values)
         )
-        return MergedContext(keys, values, self.mask[self.mask][None], self.lengths)
+        return MergedContext(keys, values, self.mask[self.mask][None], self.lengths.sum()[None])
 
     def gathered(self, tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> "MergedContext":
         """From packed contexts, gather the `tokens` (B, L) that each row reads; `mask` (B, L) is False at padding.
@@ -218,7 +218,9 @@ class MergedContext:
 
 
 class MergedReader(nn.Module):
-    """Maps from stored states to the outputs of every layer's key and value projections.
+    """Maps from stored states to the outputs of each layer's key and value projections, but for replayed layers.
+
+    A base serves readers of one `replayed` at a time.
 
     Args:
         backbone: the decoder without its LM head; its layers and projections are extended so that their keys and
@@ -282,9 +284,12 @@ class MergedReader(nn.Module):
     ) -> MergedContext:
         """Keys and values of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
 
-        Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but are not attended.
-        With `positions` (C, S) all tokens are visible and stand where these say.
+        Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but no text sees them.
+        With `positions` (C, S) all tokens are visible and stand where these say. No layer is replayed then: contexts in one
+        row would see each other.
         """
+        if positions is not None and self.replayed:
+            raise ValueError("layers cannot be run again on several contexts in one row: want a row for each")
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         order = mask.long().argsort(dim=-1, stable=True)  # padding first, then the tokens in their order
@@ -294,8 +299,8 @@ class MergedReader(nn.Module):
         count = states.shape[1]
         if positions is None:
             positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
-        tokens = mask.gather(1, order)
-        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions, ordered, tokens)
+        replayed = (ordered, mask.gather(1, order)) if self.replayed else None
+        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions, replayed)
         keys, values = zip(*kept, strict=True)
         return MergedContext(keys, values, visible.gather(1, order), lengths)
 
@@ -317,23 +322,22 @@ class MergedReader(nn.Module):
         backbone: nn.Module,
         outputs: list[torch.Tensor],
         positions: torch.Tensor,
-        states: torch.Tensor,
-        tokens: torch.Tensor,
+        replayed: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, (C, K, S, D) each, for given outputs of their projections.
 
-        Layers that are replayed make them from the states (C, S, num_states x d); `tokens` (C, S) masks padding.
+        Layers that are `replayed` make them from states (C, S, num_states x d); a mask (C, S) is False at padding.
         """
         config: Any = backbone.config
         stack, layers = find_layers(backbone, self.num_layers)
         width = config.get_text_config().hidden_size
         embedded = outputs[0].new_zeros(*positions.shape, width, dtype=_dtype(backbone))
         given = {"position_ids": positions} if accepts(backbone, "position_ids") else {}
-        if self.replayed:
+        capture = _Capture(outputs, self.num_layers)
+        if replayed is not None:
+            states, tokens = replayed
             given["attention_mask"] = tokens.long()
-        capture = _Capture(
-            outputs, self.num_layers, states[..., -width:].to(embedded.dtype), self.replayed[:-1]
-        )
+            capture.states, capture.whole = states[..., -width:].to(embedded.dtype), self.replayed[:-1]
         with _evaluating([backbone, stack, *layers]):
             if layers[0].merged_returns is None:  # an ordinary run shows what the layers return
                 with torch.no_grad():
@@ -354,9 +358,10 @@ class MergedReader(nn.Module):
                 torch.randn(1, 2, whole, generator=generator).to(device).requires_grad_()
                 for _, whole in self.widths
             ]
-            pair = torch.arange(2, device=device)[None]
+            positions = torch.arange(2, device=device)[None]
             states = torch.zeros(1, 2, len(self.shift), device=device)
-            kept = self._capture(backbone, outputs, pair, states, torch.ones_like(pair))
+            replayed = (states, torch.ones_like(positions)) if self.replayed else None
+            kept = self._capture(backbone, outputs, positions, replayed)
             flat = torch.cat([tensor.float().flatten() for pair in kept for tensor in pair])
             gradients = torch.autograd.grad(
                 flat @ torch.randn(len(flat), generator=generator).to(device), outputs

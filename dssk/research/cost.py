@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dssk.inference.auto import family
 from dssk.inference.encoding import Encoder
-from dssk.inference.generation import OwnSettings, context_batch
+from dssk.inference.generation import context_batch, greedy
 from dssk.inference.loading import FusedModel, device
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.timing import Clock
@@ -102,14 +102,7 @@ def cross_attending(model: FusedModel, prompts: Sequence[Prompt], folder: Path) 
 def stream(model: Any, tokens: list[int], clock: BaseStreamer, **kwargs: Any) -> None:
     """Answer one prompt with `NEW_TOKENS` tokens, each of which the clock sees."""
     ids = torch.tensor([tokens], device=model.device)
-    how = OwnSettings(
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        pad_token_id=0,  # one row: nothing is padded
-    )
+    how = greedy(NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0)  # one row: nothing is padded
     model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, streamer=clock, **kwargs)
 
 

@@ -12,7 +12,7 @@ from dssk.config import ExperimentConfig
 from dssk.inference.auto import family, fused_config
 from dssk.inference.loading import load_base_config
 from dssk.inference.rounding import encoding_bytes
-from dssk.models.configuration import FIELDS, num_attention_heads
+from dssk.models.configuration import FIELDS, merged_name, num_attention_heads
 from dssk.models.loss import CHUNK_LOGITS
 from dssk.models.shapes import kv_cache_values, mlp_values, projected_values
 from dssk.store.manifest import Manifest
@@ -99,7 +99,10 @@ def _activations(cfg: ExperimentConfig, config: Any) -> int:
         if cfg.gradient_checkpointing
         else layers * layer + blocks * block
     )
-    return tokens * kept
+    # Adapters of layers that are run again have the contexts' activations behind them.
+    again = config.reader_replay * layer if config.decoder_lora else 0
+    contexts = cfg.contexts_range[1] * -(-cfg.train_batch_size // cfg.questions_per_context)
+    return tokens * kept + contexts * cfg.context_size * again
 
 
 def _logits(cfg: ExperimentConfig, config: Any) -> int:
@@ -126,7 +129,7 @@ def report(cfg: ExperimentConfig, run: RunArgs, exp_dict: dict[str, Any], data: 
         f"base         {config.num_hidden_layers} layers x {config.hidden_size}, {num_attention_heads(config)} heads, "
         f"{need.frozen_parameters:,} parameters, frozen",
         (
-            f"reader       merged, from states of layer {cfg.encode_layer}; "
+            f"reader       {merged_name(cfg.encode_layer, cfg.reader_replay)}; "
             if cfg.reader == "merged"
             else f"blocks       {side} decoder layers {', '.join(map(str, config.cross_attn_layers))}; "
         )

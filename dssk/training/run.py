@@ -39,7 +39,7 @@ from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import is_adapters, load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
-from dssk.models.configuration import BASE, COPYING
+from dssk.models.configuration import BASE, COPYING, merged_name
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM
@@ -341,7 +341,7 @@ def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
     side = "after" if model.config.cross_attn_final_layer else "before"
     reader = f"blocks {side} decoder layers {layers}"
     if model.config.reader == "merged":
-        reader = f"merged, from states of layer {trainer.cfg.encode_layer}"
+        reader = merged_name(trainer.cfg.encode_layer, trainer.cfg.reader_replay)
     if lora := model.config.decoder_lora:
         reader += f", and adapters of rank {lora['rank']} in the decoder"
     lines = [

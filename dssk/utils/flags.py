@@ -85,6 +85,17 @@ def count(text: str) -> int:
     return 0 if text.strip() == "0" else positive_int(text)
 
 
+def seed(text: str) -> int:
+    """Parse a seed, as an experiment has it: a whole number from 0 to 2^32 - 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from 0 to {2**32 - 1}")
+    return value
+
+
 def minutes(text: str) -> float | None:
     """Parse CPU minutes, above 0; what launchers re-send for "not given" is None."""
     if optional_str(text) is None:

@@ -77,14 +77,15 @@ def test_answers_are_greedy_whatever_the_base_comes_with(base_path, tokenizer, r
     assert generate_batch(model, tokenizer, prompted, 8, **context) == plain
 
 
-def test_settings_that_are_asked_for_are_heeded(base_path, tokenizer, rows):
+@pytest.mark.parametrize("form", ["keyword", "configuration"])
+def test_settings_that_are_asked_for_are_heeded(base_path, tokenizer, rows, form):
     model = fused(base_path)
     prompted = [tokenize_question(tokenizer, question) for question in rows["question"]]
     context = context_batch(model, rows["encoder_hidden_states"])
     plain = generate_batch(model, tokenizer, prompted, 8, **context)
-    assert (
-        generate_batch(model, tokenizer, prompted, 8, suppress_tokens=[*range(20, 200)], **context) != plain
-    )
+    asked = {"suppress_tokens": [*range(20, 200)]}
+    how = asked if form == "keyword" else {"generation_config": GenerationConfig(**asked)}
+    assert generate_batch(model, tokenizer, prompted, 8, **how, **context) != plain
 
 
 def test_a_context_that_nothing_would_read_is_refused(base, base_path, tokenizer):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dssk import prompts
 from dssk.errors import DamagedData, DsskError
+from dssk.inference.passages import Splitter
 from dssk.inference.tokenizer import (
     fim_ids,
     leading_ids,
@@ -128,6 +129,12 @@ def test_the_real_starcoder_tokenizers(name):
     assert (tokenizer.pad_token, tokenizer.eos_token_id, fim_ids(tokenizer)) == ("<fim_pad>", 0, (1, 2, 3))
     assert leading_ids(tokenizer) == []
     assert template_version(tokenizer) == 1
+
+
+def test_half_a_character_is_no_text(llama):
+    for tokens in (tokenize_question, tokenize_context, Splitter(64).split):
+        with pytest.raises(DsskError, match="half a surrogate pair at "):
+            tokens(llama, "a \udcff")
 
 
 @pytest.mark.parametrize(

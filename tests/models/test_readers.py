@@ -160,6 +160,13 @@ def test_layers_that_are_run_again_make_what_the_prompt_has(family):
         )
 
 
+def test_contexts_that_lie_in_one_row_are_not_run_again(family):
+    model = fused(family[1], encode_layer=1, reader_replay=1)
+    reader = model.cross_attn_blocks[0]
+    with pytest.raises(ValueError, match="want a row for each"):
+        reader(model.base_model, torch.randn(1, 5, 64), positions=torch.tensor([[0, 1, 0, 1, 2]]))
+
+
 def test_encoding_stops_at_its_layer(family):
     model = fused(family[1], encode_layer=1)
     called = []

@@ -274,7 +274,11 @@ def test_a_base_of_text_takes_a_tokenizer_that_exists(tmp_path):
     ("flags", "message"),
     [
         (["--tokenizer", "bpe"], "got 'bpe', want bpe:SIZE"),
-        (["--tokenizer", "bpe:100"], "want bpe:SIZE of at least 261"),
+        (["--tokenizer", "bpe:100"], "want bpe:SIZE from 261 to 1000000"),
+        (["--tokenizer", "bpe:2000000000"], "want bpe:SIZE from 261 to 1000000"),
+        (["--seed", "-1"], "got '-1', want a whole number from 0 to 4294967295"),
+        (["--seed", "1" + "0" * 30], "want a whole number from 0 to 4294967295"),
+        (["--steps", "-1"], "got '-1', want a whole number"),
         (["--hidden_sise", "64"], "did you mean --hidden_size?"),
         (["--text"], "expected at least one argument"),
     ],
@@ -298,7 +302,6 @@ def test_a_wrong_flag_exits_with_one_line(tmp_path, capsys, flags, message):
             "--heads 2 of 64 units: two heads look at names, want two more",
         ),
         (["--hidden_size", "16", "--subject_weight", "1"], "--heads 4 of 4 units: .* at least 8 units each"),
-        (["--steps", "-1"], "--steps -1, --learning_rate 0.001"),
         (["--subject_weight", "-1"], "--subject_weight -1.0: want a rate above 0, and none of them below 0"),
         (
             ["--memory_weight", "-1"],

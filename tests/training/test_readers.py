@@ -163,6 +163,10 @@ def test_training_reads_each_context_once_for_its_questions(run, monkeypatch):
     ("changes", "message"),
     [
         ({"questions_per_context": 3}, "want a divisor of train_batch_size, which is 4"),
+        (
+            {"questions_per_context": 4, "num_contexts": 2, "distractors": {"batch": 1.0}},
+            "a train_batch_size of 4 with 4 questions a context has one context",
+        ),
         ({"questions_per_context": 2, "include_context_ids": True}, "questions_per_context to 1"),
     ],
 )

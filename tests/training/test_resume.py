@@ -46,6 +46,7 @@ def cut_after(folder, step: int) -> None:
         ({"skip_steps": 4}, 2),
         ({"include_context_ids": True, "do_repetition_augmentations": True, "train_batch_size": 16}, 0),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "adam_moments": "fp32"}, 0),
+        ({"num_contexts": 3, "distractors": {"batch": 1.0}}, 2),
     ],
     ids=str,
 )
@@ -272,6 +273,7 @@ def test_a_launcher_that_restarts_its_ranks_resumes_in_spite_of_reset(run, monke
 
 def test_other_numbers_of_ranks_go_on_with_the_same_batches(run, tmp_path):
     changes = {"skip_steps": 2, "cross_attn_dropout_prob": 0.0, "include_context_ids": True}
+    changes |= {"num_contexts": 2, "distractors": {"batch": 1.0}}
     flags = ("--log_every", "2", "--generation_eval_samples", "5")
     elastic = run("--steps", "2", *flags, **changes)
     assert on_ranks(2, lambda: run("--steps", "6", *flags, **changes) and 0) == [0, 0]
