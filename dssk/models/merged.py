@@ -285,8 +285,8 @@ class MergedReader(nn.Module):
         """Keys and values of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
 
         Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but no text sees them.
-        With `positions` (C, S) all tokens are visible and stand where these say. No layer is replayed then: contexts in one
-        row would see each other.
+        With `positions` (C, S) all tokens are visible and stand where these say. No layer is replayed then: contexts in
+        one row would see each other.
         """
         if positions is not None and self.replayed:
             raise ValueError("layers cannot be run again on several contexts in one row: want a row for each")
