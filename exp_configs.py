@@ -91,7 +91,7 @@ EXP_GROUPS = {
             "cross_attn_init": "overlap",
             "cross_attn_num_attention_heads": 2,
             "learning_rate": 1.5e-3,
-            "num_contexts": [[1, 8]],
+            "num_contexts": [[1, 10]],
             "distractors": {"neighbours": 1.0, "batch": 1.0},
             "gold_missing": 0.05,
             "contexts_warmup": 4,
