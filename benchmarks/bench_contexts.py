@@ -9,11 +9,11 @@ questions, and scores both by the number of contexts: about twenty minutes a see
 the first one, each among other passages of its article, beside prompting the same base; the same command goes on
 where it was stopped.
 
-Rows go to benchmarks/results/contexts.json, in place of those of the same set, seed and system: {set, seed, num_contexts,
-gold, n, em, em_low, em_high, f1, right_beats_wrong, first_token_s, tokens_per_s, bytes}. `set` is toy for the model
-trained on several, toy_one for the other, squad for a real base. Rows of squad also say the `system` and how many
-`contexts_left_out` of a prompt on average. A row {set, seed, training_seconds, cpu_seconds} says what training took:
-by the clock without evaluations, and of the processor all in all.
+Rows go to benchmarks/results/contexts.json, in place of those of the same set, seed, system and number: {set, seed,
+num_contexts, gold, n, em, em_low, em_high, f1, right_beats_wrong, first_token_s, tokens_per_s, bytes}. `set` is toy
+for the model trained on several, toy_one for the other, squad for a real base. Rows of squad also say the `system` and
+how many `contexts_left_out` of a prompt on average. A row {set, seed, training_seconds, cpu_seconds} says what training
+took: by the clock without evaluations, and of the processor all in all.
 """
 
 import argparse
@@ -103,10 +103,10 @@ def real_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def replace(rows: list[dict[str, Any]]) -> None:
-    """Put rows into the results, in place of those of their sets, seeds and systems."""
+    """Put rows into the results, in place of those of their sets, seeds, systems and numbers of contexts."""
 
     def of(row: dict[str, Any]) -> tuple:
-        return row["set"], row["seed"], row.get("system")
+        return row["set"], row["seed"], row.get("system"), row.get("num_contexts")
 
     old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     measured = set(map(of, rows))
