@@ -135,7 +135,9 @@ def test_rows_of_a_real_base_stand_beside_the_toys(base_path, tmp_path, monkeypa
     load_tokenizer(base_path).save_pretrained(tmp_path / "fused")
     results = tmp_path / "contexts.json"
     toy = {"set": "toy", "seed": 0, "em": 0.5}
-    results.write_text(json.dumps([{"set": "squad", "seed": 0, "em": 0}, toy, {"set": "squad", "seed": 1}]))
+    same = {"set": "squad", "seed": 0, "system": "prompted", "num_contexts": 3}
+    others = [{**same, "seed": 1}, {**same, "num_contexts": 5}, {**same, "system": "prefix_cache"}]
+    results.write_text(json.dumps([{**same, "em": 0}, toy, *others]))
     monkeypatch.setattr(bench_contexts, "RESULTS", results)
     monkeypatch.setattr(bench_contexts, "dssk", lambda *words: main([*map(str, words)]))
     monkeypatch.setattr(cost, "NEW_TOKENS", 3)
@@ -145,8 +147,9 @@ def test_rows_of_a_real_base_stand_beside_the_toys(base_path, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_contexts.py", *flags])
     bench_contexts.main()
-    kept, other, *measured = json.loads(results.read_text())
-    assert (kept, other) == (toy, {"set": "squad", "seed": 1})
+    written = json.loads(results.read_text())
+    kept, measured = written[:4], written[4:]
+    assert kept == [toy, *others]
     columns = "set seed num_contexts gold n em em_low em_high f1 first_token_s tokens_per_s bytes system"
     for row in measured:
         assert set(row) >= {*columns.split(), "contexts_left_out"}

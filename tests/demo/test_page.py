@@ -90,7 +90,11 @@ def test_both_ways_generate_as_many_tokens(reader, monkeypatch):
     def counted(ids, **kwargs):
         output = generate(ids, **kwargs)
         new_tokens.append(
-            (output.shape[1] - ids.shape[1], kwargs.get("context"), kwargs.get("min_new_tokens"))
+            (
+                output.shape[1] - ids.shape[1],
+                kwargs.get("context"),
+                kwargs["generation_config"].min_new_tokens,
+            )
         )
         return output
 
