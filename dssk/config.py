@@ -11,11 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dssk.errors import DsskError
+from dssk.utils.defaults import LARGEST, SEEDS
 from dssk.utils.flags import nearest
 
 MAX_FAULTS = 8  # that one message names
 # Upper bounds: far above any real model, and low enough to compute with.
 MAX_WIDTH, MAX_ROWS = 2**20, 2**12
+
+Source = Literal["document", "neighbours", "random"]  # of distractors
+TrainingSource = Literal[Source, "batch"]
 MAX_KEY = 100  # letters of a key that are compared with the known ones
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100  # letters of a value that a message shows
@@ -94,7 +98,7 @@ class ExperimentConfig(BaseModel):
     reader_replay: int = Field(
         default=0,
         ge=0,
-        le=2**31,
+        le=LARGEST,
         description="layers from encode_layer on that a merged reader runs again on stored states: exact, at a cost",
     )
     decoder_lora: DecoderLora | None = Field(
@@ -103,13 +107,13 @@ class ExperimentConfig(BaseModel):
     )
 
     context_size: int = Field(
-        ge=8, le=2**31, description="most tokens of decoder text, and of a context's states"
+        ge=8, le=LARGEST, description="most tokens of decoder text, and of a context's states"
     )
     num_contexts: int | list[int] = Field(
         default=1,
         description="contexts that a question reads, its own among them: a number, or [least, most]",
     )
-    distractors: dict[Literal["document", "neighbours", "random", "batch"], float] = Field(
+    distractors: dict[TrainingSource, float] = Field(
         default={"random": 1.0},
         description="where the others come from, and how often: document (the question's), neighbours (by its words), "
         "random (any), batch (of its other questions, at no cost)",
@@ -183,7 +187,7 @@ class ExperimentConfig(BaseModel):
         ge=1,
         description="evaluations in a row without a better one that end training; None: all --steps",
     )
-    seed: int = Field(ge=0, lt=2**32, description="of new weights, sample order and augmentations")
+    seed: int = Field(ge=0, lt=SEEDS, description="of new weights, sample order and augmentations")
 
     @property
     def contexts_range(self) -> tuple[int, int]:
@@ -214,6 +218,11 @@ class ExperimentConfig(BaseModel):
         if min(value.values(), default=-1.0) < 0 or not sum(value.values()):
             raise ValueError(f"{value} are no weights: want some above 0, and none below")
         return value
+
+
+def merged_name(layer: Any, replay: int) -> str:
+    """What a merged reader reads, for people."""
+    return f"merged, from states of layer {layer}" + (f", {replay} layers of it run again" if replay else "")
 
 
 def parse_experiment(exp_dict: dict[str, Any]) -> ExperimentConfig:

@@ -143,10 +143,12 @@ def list_groups(groups: Groups) -> str:
 
 
 def _summary(exp_dict: dict[str, Any]) -> str:
+    from dssk.config import merged_name
+
     get = exp_dict.get
     reader = f"{get('num_cross_attn_layers')} blocks at stride {get('cross_attn_layers_stride')}"
     if get("reader") == "merged":
-        reader = f"merged, from states of layer {get('encode_layer')}"
+        reader = merged_name(get("encode_layer"), get("reader_replay", 0))
     return f"{get('model_path')}, {reader}, {get('context_size')} tokens"
 
 

@@ -5,13 +5,13 @@ ones), any (easy ones), or those of the other questions of a training batch, whi
 are loaded and projected anyway (in-batch negatives, as in Dense Passage Retrieval, arXiv 2004.04906).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
 
 import datasets
 import numpy as np
 
+from dssk.config import Source, TrainingSource
 from dssk.errors import DsskError
 from dssk.store.dataset import StoredContexts
 from dssk.store.search import WordIndex
@@ -19,9 +19,7 @@ from dssk.store.search import WordIndex
 NEIGHBOURS = 20  # found for a question, of which some are drawn
 TRIES = 20  # draws of a random context before there is taken to be none left
 
-Source = Literal["document", "neighbours", "random"]
 BATCH = "batch"
-TrainingSource = Source | Literal["batch"]
 
 
 class Distractors:
@@ -107,19 +105,19 @@ class Distractors:
             drawn = rng.choice(self.members, size=TRIES).tolist()
             return next((n for n in self._of_others(drawn, own) if fits(n)), None)
         if source == "document":
-            found = self._same_document(own)
+            numbers: Iterable[int] = self._same_document(own)
         else:
-            found = self._of_others(batch if source == BATCH else self._neighbours(question), own)
-        found = [number for number in found if fits(number)]
+            numbers = self._of_others(batch if source == BATCH else self._neighbours(question), own)
+        found = [number for number in numbers if fits(number)]
         return found[rng.integers(len(found))] if found else None
 
     def _same_document(self, own: int) -> list[int]:
         low, high = (np.searchsorted(self._ordered, self._documents[own], side) for side in ("left", "right"))
         return self._by_document[low:high].tolist()
 
-    def _of_others(self, numbers: Sequence[int], own: int) -> list[int]:
+    def _of_others(self, numbers: Sequence[int], own: int) -> Iterator[int]:
         """Those of these contexts that belong to another document."""
-        return [number for number in numbers if self._documents[number] != self._documents[own]]
+        return (number for number in numbers if self._documents[number] != self._documents[own])
 
     def _neighbours(self, question: str) -> list[int]:
         if question not in self._found:

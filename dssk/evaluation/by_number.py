@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
-from dssk.data.distractors import Distractors, Source
+from dssk.config import Source
+from dssk.data.distractors import Distractors
 from dssk.errors import DsskError
 from dssk.evaluation.questions import QuestionSet, spread
 from dssk.evaluation.scores import Prediction, with_interval

@@ -14,7 +14,8 @@ import torch
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from dssk.data.distractors import Distractors, Source
+from dssk.config import Source
+from dssk.data.distractors import Distractors
 from dssk.data.sources import Maker
 from dssk.errors import DsskError
 from dssk.evaluation import by_number

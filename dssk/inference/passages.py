@@ -13,7 +13,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dssk.errors import DsskError
-from dssk.inference.tokenizer import check_text, tokenize_context
+from dssk.inference.tokenizer import encoded, tokenize_context
 
 # Full stops, question and exclamation marks, closed or not, before white space; those of Chinese; and ends of lines.
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?=\s)|\n|[。！？]")
@@ -64,9 +64,8 @@ class Splitter:
     def _spans(
         self, tokenizer: PreTrainedTokenizerBase, text: str, head: str, room: int
     ) -> Iterator[tuple[int, int]]:
-        check_text(text)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+        offsets = encoded(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
+        starts = [start for start, _ in offsets] + [len(text)]
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
         first = 0
         while first < len(starts) - 1:

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.errors import DsskError, short
@@ -54,19 +55,23 @@ def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
 # --- the prompts as tokens -------------------------------------------------------------------------------------
 
 
-def check_text(text: str) -> None:
-    """Raise `DsskError` for what no tokenizer takes: halves of surrogate pairs, such as stray bytes of a shell."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        place = f"half a surrogate pair at {error.start}"
-        raise DsskError(f"{short(text, 60)!r}: {place}, which is no text") from None
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], **how: Any) -> BatchEncoding:
+    """A text, or each of several, as the tokenizer gives it, without special tokens.
+
+    Raises `DsskError` for what no tokenizer takes: halves of surrogate pairs, such as stray bytes of a shell.
+    """
+    for text in [texts] if isinstance(texts, str) else texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = f"half a surrogate pair at {error.start}"
+            raise DsskError(f"{short(text, 60)!r}: {place}, which is no text") from None
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **how)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text and nothing else."""
-    check_text(text)
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded(tokenizer, text)["input_ids"]
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -92,15 +97,8 @@ def tokenize_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 def tokenize_contexts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The same for many contexts, which takes far less time than one by one."""
     leading = leading_ids(tokenizer)
-    for text in texts:
-        check_text(text)
-    encoded = tokenizer(
-        [prompts.context(text) for text in texts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return [leading + ids for ids in encoded["input_ids"]]
+    prompted = encoded(tokenizer, [prompts.context(text) for text in texts], return_attention_mask=False)
+    return [leading + ids for ids in prompted["input_ids"]]
 
 
 def tokenize_further_context(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -212,11 +212,6 @@ class CrossAttnConfig(_Base):
             file.write(REMOTE_CODE)
 
 
-def merged_name(layer: Any, replay: int) -> str:
-    """What a merged reader reads, for people."""
-    return f"merged, from states of layer {layer}" + (f", {replay} layers of it run again" if replay else "")
-
-
 def _checked_lora(rank: int = 0, alpha: float | None = None, **unknown: Any) -> dict[str, Any]:
     """The settings of adapters, complete. Raises `ValueError` for others."""
     alpha = 2 * rank if alpha is None else alpha

@@ -54,16 +54,22 @@ class _Kept(Exception):
 class _Capture(Cache):
     """In place of the KV cache while a context is read: keeps the keys and values of each layer, and ends the layer."""
 
-    def __init__(self, outputs: list[torch.Tensor], num_layers: int):
+    def __init__(
+        self, outputs: dict[int, torch.Tensor], states: torch.Tensor, replayed: range, num_layers: int
+    ):
         self.layers: list = []
-        self.outputs = outputs  # of each mapped projection
-        self.states: torch.Tensor | None = None  # (C, S, d) that the first replayed layer is given
-        self.whole = range(0)  # layers that are run to their end, as the next one is replayed
+        self.outputs = outputs  # of mapped projections, by their slot
+        self.states = states  # (C, S, d) that the first replayed layer is given
+        self.replayed = replayed
         self.kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+
+    def runs_whole(self, layer_idx: int) -> bool:
+        """Whether a layer is run to its end, as the next one is replayed."""
+        return layer_idx in self.replayed[:-1]
 
     def update(self, key_states, value_states, layer_idx: int, *args: Any, **kwargs: Any):
         self.kept[layer_idx] = (key_states, value_states)
-        if layer_idx in self.whole:
+        if self.runs_whole(layer_idx):
             return key_states, value_states
         raise _Kept
 
@@ -81,15 +87,17 @@ class ContextCache(DynamicCache):
 class MappedProjection(Mixed):
     """Mixed into each projection of keys and values: during a capture its output is what the maps give."""
 
-    merged_slot: int | None  # which of the mapped outputs; None for one that makes queries alone
+    merged_slot: (
+        int  # its place among all projections; of one that makes queries alone, that of one beside it
+    )
+    merged_query: bool  # it makes queries alone
     merged_rows: int  # width of its output
-    merged_replay: bool  # its layer is replayed: its output is its own
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         capture = _capturing.get()
-        if capture is None or self.merged_replay:
+        if capture is None or self.merged_slot not in capture.outputs:  # its layer is replayed
             return super().forward(hidden_states, *args, **kwargs)
-        if self.merged_slot is None:
+        if self.merged_query:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], self.merged_rows)
         return capture.outputs[self.merged_slot].to(hidden_states.dtype)
 
@@ -99,7 +107,6 @@ class CapturedLayer(Mixed):
 
     merged_returns: int | None = None  # how many values its forward pass returns; 0 for a bare tensor
     merged_index: int
-    merged_enters: bool  # the first replayed layer: its input are the stored states
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         capture = _capturing.get()
@@ -107,11 +114,12 @@ class CapturedLayer(Mixed):
             output = super().forward(*args, **kwargs)
             self.merged_returns = len(output) if isinstance(output, tuple) else 0
             return output
-        if self.merged_enters and args:
-            args = (capture.states, *args[1:])
-        elif self.merged_enters:
-            kwargs["hidden_states"] = capture.states
-        if self.merged_index in capture.whole:
+        if self.merged_index in capture.replayed[:1]:
+            if args:
+                args = (capture.states, *args[1:])
+            else:
+                kwargs["hidden_states"] = capture.states
+        if capture.runs_whole(self.merged_index):
             return super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         try:
@@ -220,8 +228,6 @@ class MergedContext:
 class MergedReader(nn.Module):
     """Maps from stored states to the outputs of each layer's key and value projections, but for replayed layers.
 
-    A base serves readers of one `replayed` at a time.
-
     Args:
         backbone: the decoder without its LM head; its layers and projections are extended so that their keys and
             values can be captured. Its weights are not changed, and no reference to it is kept.
@@ -246,7 +252,10 @@ class MergedReader(nn.Module):
         text = config.get_text_config()
         self.num_states, self.rank, self.replayed = num_states, rank, replayed
         self.num_layers: int = text.num_hidden_layers
-        self.widths = _prepare(find_layers(backbone, self.num_layers)[1], text, replayed)
+        every = _prepare(find_layers(backbone, self.num_layers)[1], text)
+        mapped_layers = set(self.mapped_layers)
+        self.slots = [slot for slot, (layer, *_) in enumerate(every) if layer in mapped_layers]
+        self.widths = [every[slot][1:] for slot in self.slots]
         width, outputs = num_states * text.hidden_size, sum(mapped for mapped, _ in self.widths)
         self.down = None if rank is None else MergedLinear(width, rank, bias=False)
         self.up = MergedLinear(width if rank is None else rank, outputs)
@@ -299,8 +308,8 @@ class MergedReader(nn.Module):
         count = states.shape[1]
         if positions is None:
             positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
-        replayed = (ordered, mask.gather(1, order)) if self.replayed else None
-        kept = self._capture(backbone, self._outputs(self.maps(ordered)), positions, replayed)
+        outputs = self._outputs(self.maps(ordered))
+        kept = self._capture(backbone, outputs, positions, ordered, mask.gather(1, order))
         keys, values = zip(*kept, strict=True)
         return MergedContext(keys, values, visible.gather(1, order), lengths)
 
@@ -322,22 +331,24 @@ class MergedReader(nn.Module):
         backbone: nn.Module,
         outputs: list[torch.Tensor],
         positions: torch.Tensor,
-        replayed: tuple[torch.Tensor, torch.Tensor] | None = None,
+        states: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, (C, K, S, D) each, for given outputs of their projections.
 
-        Layers that are `replayed` make them from states (C, S, num_states x d); a mask (C, S) is False at padding.
+        Layers that are replayed make them from states (C, S, num_states x d); `tokens` (C, S) is False at padding.
         """
         config: Any = backbone.config
         stack, layers = find_layers(backbone, self.num_layers)
         width = config.get_text_config().hidden_size
         embedded = outputs[0].new_zeros(*positions.shape, width, dtype=_dtype(backbone))
         given = {"position_ids": positions} if accepts(backbone, "position_ids") else {}
-        capture = _Capture(outputs, self.num_layers)
-        if replayed is not None:
-            states, tokens = replayed
+        if self.replayed:
             given["attention_mask"] = tokens.long()
-            capture.states, capture.whole = states[..., -width:].to(embedded.dtype), self.replayed[:-1]
+            states = states[..., -width:].to(embedded.dtype)
+        capture = _Capture(
+            dict(zip(self.slots, outputs, strict=True)), states, self.replayed, self.num_layers
+        )
         with _evaluating([backbone, stack, *layers]):
             if layers[0].merged_returns is None:  # an ordinary run shows what the layers return
                 with torch.no_grad():
@@ -360,8 +371,7 @@ class MergedReader(nn.Module):
             ]
             positions = torch.arange(2, device=device)[None]
             states = torch.zeros(1, 2, len(self.shift), device=device)
-            replayed = (states, torch.ones_like(positions)) if self.replayed else None
-            kept = self._capture(backbone, outputs, positions, replayed)
+            kept = self._capture(backbone, outputs, positions, states, torch.ones_like(positions))
             flat = torch.cat([tensor.float().flatten() for pair in kept for tensor in pair])
             gradients = torch.autograd.grad(
                 flat @ torch.randn(len(flat), generator=generator).to(device), outputs
@@ -410,9 +420,9 @@ def find_projections(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     return []
 
 
-def _prepare(layers: nn.ModuleList, config: Any, replayed: range) -> list[tuple[int, int]]:
-    """Extend layers and projections for capturing; returns (mapped outputs, all outputs) of each projection."""
-    widths: list[tuple[int, int]] = []
+def _prepare(layers: nn.ModuleList, config: Any) -> list[tuple[int, int, int]]:
+    """Extend layers and projections for capturing; returns (layer, mapped outputs, all outputs) of each projection."""
+    widths: list[tuple[int, int, int]] = []
     for index, layer in enumerate(layers):
         projections = find_projections(layer)
         if not projections:
@@ -420,20 +430,24 @@ def _prepare(layers: nn.ModuleList, config: Any, replayed: range) -> list[tuple[
                 f"layer {index} of a {config.model_type} model has no attention with projections of its own "
                 f"({', '.join('/'.join(names) for names in PROJECTIONS)}): it cannot read a merged context"
             )
-        replay = index in replayed
+        slot = len(widths)
         for name, module in projections:
-            whole = _out_features(module)
-            extend(module, MappedProjection, merged_slot=len(widths), merged_rows=whole, merged_replay=replay)
-            if not replay:
-                alone = name in ("k_proj", "v_proj", "kv_a_proj_with_mqa")
-                widths.append((whole if alone else whole - _query_width(config), whole))
+            whole = _extend(module, len(widths))
+            mapped = (
+                whole if name in ("k_proj", "v_proj", "kv_a_proj_with_mqa") else whole - _query_width(config)
+            )
+            widths.append((index, mapped, whole))
         if (query := next((m for n, m in layer.named_modules() if n.endswith("q_proj")), None)) is not None:
-            rows = _out_features(query)
-            extend(query, MappedProjection, merged_slot=None, merged_rows=rows, merged_replay=replay)
-        extend(
-            layer, CapturedLayer, merged_index=index, merged_enters=replayed[:1] == range(index, index + 1)
-        )
+            _extend(query, slot, query=True)
+        extend(layer, CapturedLayer, merged_index=index)
     return widths
+
+
+def _extend(module: nn.Module, slot: int, query: bool = False) -> int:
+    """Let a projection be mapped, as that of a slot; returns the width of its output."""
+    rows = _out_features(module)
+    extend(module, MappedProjection, merged_slot=slot, merged_query=query, merged_rows=rows)
+    return rows
 
 
 def _out_features(module: nn.Module) -> int:

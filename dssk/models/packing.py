@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ class Packing:
 
     def padded(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed states (1, N, d) in rows of their own (C, S, d), and the mask (C, S) of their tokens."""
-        mask = torch.arange(int(self.lengths.max()), device=states.device) < self.lengths[:, None]
-        rows = states.new_zeros(*mask.shape, states.shape[-1])
-        rows[mask] = states[0]
-        return rows, mask
+        rows = pad_sequence(states[0].split(self.lengths.tolist()), batch_first=True)
+        return rows, torch.arange(rows.shape[1], device=rows.device) < self.lengths[:, None]
 
     def positions(self) -> torch.Tensor:
         """(N,) the place of each token in its context, from 0."""

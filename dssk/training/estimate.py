@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from dssk.config import ExperimentConfig
+from dssk.config import ExperimentConfig, merged_name
 from dssk.inference.auto import family, fused_config
 from dssk.inference.loading import load_base_config
 from dssk.inference.rounding import encoding_bytes
-from dssk.models.configuration import FIELDS, merged_name, num_attention_heads
+from dssk.models.configuration import FIELDS, num_attention_heads
 from dssk.models.loss import CHUNK_LOGITS
 from dssk.models.shapes import kv_cache_values, mlp_values, projected_values
 from dssk.store.manifest import Manifest

@@ -27,7 +27,14 @@ from dssk.checkpoint import (
     latest_checkpoint,
     verify_checkpoint,
 )
-from dssk.config import ExperimentConfig, apply_overrides, expand_group, experiment_id, parse_experiment
+from dssk.config import (
+    ExperimentConfig,
+    apply_overrides,
+    expand_group,
+    experiment_id,
+    merged_name,
+    parse_experiment,
+)
 from dssk.data.collate import Collator
 from dssk.data.dataset import CrossAttnDataset, check_context_ids
 from dssk.errors import DsskError, Preempted
@@ -39,7 +46,7 @@ from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import is_adapters, load_base_config, load_tuned
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
-from dssk.models.configuration import BASE, COPYING, merged_name
+from dssk.models.configuration import BASE, COPYING
 from dssk.models.copy_init import check_copy_init, copy_init_
 from dssk.models.layers import layers_name
 from dssk.models.modeling import CrossAttnForCausalLM

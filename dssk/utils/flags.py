@@ -6,9 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
-
-LARGEST = 2**31  # number that a flag takes
+from dssk.utils.defaults import BATCH_SIZE, CONTROLS, LARGEST, MAX_NEW_TOKENS, SEEDS
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -71,13 +69,7 @@ def optional_str(text: str) -> str | None:
 
 def positive_int(text: str) -> int:
     """Parse a whole number of at least 1, and no absurd one; `25_000` is accepted."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from 1 to {LARGEST}")
-    return value
+    return _whole(text, 1, LARGEST)
 
 
 def count(text: str) -> int:
@@ -87,12 +79,16 @@ def count(text: str) -> int:
 
 def seed(text: str) -> int:
     """Parse a seed, as an experiment has it: a whole number from 0 to 2^32 - 1."""
+    return _whole(text, 0, SEEDS - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from 0 to {2**32 - 1}")
+        value = least - 1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number from {least} to {most}")
     return value
 
 

@@ -113,6 +113,17 @@ def test_replayed_layers_are_the_prompts(model, left, replayed):
 
 
 @torch.no_grad()
+def test_readers_of_one_base_may_replay_different_layers():
+    model = make_model("llama")
+    contexts, text = ids(1, S), ids(1, T, seed=1)
+    reader = exact_reader(model)
+    states = stored(model, reader, contexts, [S])
+    exact_reader(model, range(1, 3))
+    logits = model(text, **arguments(model, reader(model.base_model, states), None, 1, T)).logits
+    torch.testing.assert_close(logits[0], prompted_logits(model, contexts[0], text[0]), atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
 def test_left_padded_texts_continue_where_their_context_ends():
     for family in ("llama", "gpt2", "gpt_neox", "bloom", "opt", "gemma3_text"):
         model = make_model(family, sliding_window=64)
