@@ -3,6 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 MINUTES ?= 30
 REAL ?= runs/real
+GROUP ?= merged_smollm2-135m
 BIN := .venv/bin
 # Python compiles what it imports; pip would compile every file of every library, which takes longer than to unpack them.
 PIP := $(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt
@@ -51,6 +52,7 @@ compare: install
 
 # The merged reader on a real pretrained base and real questions: MINUTES of one core train it, whatever is left off goes
 # on, and MINUTES=120 goes on longer. DATA=FOLDER names local files; without it they come from the Hub.
+# GROUP=merged_replay_smollm2-135m answers better and reads slower.
 real: export OMP_NUM_THREADS = 1
 real: install
 	$(PIP) --quiet -e ".[gguf,compare]"
@@ -62,7 +64,7 @@ real: install
 		--encode_layer 18 --data_cache_path $(REAL)/xquad
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/nq_swap.jsonl --val_fraction 0 \
 		--encode_layer 18 --data_cache_path $(REAL)/nq_swap
-	$(BIN)/dssk train -e merged_smollm2-135m --set model_path=$(REAL)/base --set seed=$(SEED) \
+	$(BIN)/dssk train -e $(GROUP) --set model_path=$(REAL)/base --set seed=$(SEED) \
 		--data_path $(REAL)/train/processed_data/base -sb $(REAL)/runs --steps 1_000_000 --minutes $(MINUTES) \
 		--log_every 50 --generation_eval_samples 16
 	$(BIN)/dssk compare --checkpoint $(REAL)/runs --data_path $(REAL)/train/processed_data/base \

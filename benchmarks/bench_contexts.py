@@ -145,7 +145,8 @@ def main() -> None:
     for seed, folder in folders.items():
         dssk("base", "--dataset", "toy", *TOY_BASE, "--seed", seed, "--output", folder / "base")
         model = ["--embedding_model", folder / "base", "--maximum_input_length", 256, "--batch_size", 64]
-        rows = ["--dataset", "toy", "--max_examples", TOY_ROWS, "--seed", seed]
+        # A value that stands before its text's name is told from others by the title in front of both.
+        rows = ["--dataset", "toy", "--max_examples", TOY_ROWS, "--repeat_title", "--seed", seed]
         dssk("preproc", *rows, *model, "--data_cache_path", folder)
     for name in CHANGES:
         for seed, folder in folders.items():

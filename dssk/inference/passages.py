@@ -50,9 +50,9 @@ class Splitter:
 
     def split(self, tokenizer: PreTrainedTokenizerBase, text: str, title: str = "") -> list[Passage]:
         """The passages of a text in order. Raises `DsskError` for a title that leaves no room."""
-        if len(tokenize_context(tokenizer, text)) <= self.tokens:
-            return [Passage(text, 0, len(text))]
         head = f"{title}\n" if self.repeat_title and title else ""
+        if len(tokenize_context(tokenizer, head + text)) <= self.tokens:
+            return [Passage(head + text, 0, len(text))]
         room = self.tokens - len(tokenize_context(tokenizer, head))
         if head and room < LEAST_TOKENS // 2:
             raise DsskError(f"the title {title[:40]!r} leaves no room in passages of {self.tokens} tokens")

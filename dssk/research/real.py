@@ -25,7 +25,7 @@ HELD_OUT = 300  # rows of NQ-Swap, at least
 WATCHED_CONTEXTS = 16  # of SQuAD, kept for `val`
 SINGLES = {"squad": 600, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
 # Characters of a paragraph that is trained on: short ones teach more questions a minute.
-LONGEST_SHARED, LONGEST_SINGLE = 900, 600
+LONGEST_SHARED, LONGEST_SINGLE = 1_600, 1_000
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>")
 

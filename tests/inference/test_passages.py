@@ -36,12 +36,13 @@ def test_passages_overlap_by_whole_sentences():
     assert passages[-1].end == len(TEXT)
 
 
-def test_a_title_is_repeated_where_a_text_is_cut():
+def test_each_passage_begins_with_the_title_cut_or_not():
     splitter = Splitter(128, repeat_title=True)
     passages = splitter.split(TOKENIZER, TEXT, "Mills of old")
     assert all(passage.text.startswith("Mills of old\nMill number") for passage in passages)
     assert all(passage.text == f"Mills of old\n{TEXT[passage.start : passage.end]}" for passage in passages)
-    assert splitter.split(TOKENIZER, "short", "Mills of old") == [("short", 0, 5)]
+    assert splitter.split(TOKENIZER, "short", "Mills of old") == [("Mills of old\nshort", 0, 5)]
+    assert splitter.split(TOKENIZER, "short") == [("short", 0, 5)]
     with pytest.raises(DsskError, match="leaves no room in passages of 32 tokens"):
         Splitter(32, repeat_title=True).split(TOKENIZER, TEXT, "a title that is far too long")
 
