@@ -4,7 +4,7 @@
 
 SCORES is a folder of what `dssk evaluate` or `dssk compare` wrote, named `<set>*.json` or `scores-<set>-<system>.json`.
 RUN is a run's folder, or that of a model that compare fine-tuned; empty where nothing was trained. A score that is not
-there makes no row.
+there makes no row; rows of other systems and sets stay.
 """
 
 import json
@@ -88,7 +88,10 @@ def main(words: list[str]) -> None:
         system, _, places = word.partition("=")
         run, _, scores = places.partition(",")
         rows += rows_of(system, Path(run) if run else None, Path(scores))
-    (RESULTS / "real.json").write_text(json.dumps(rows, indent=1) + "\n")
+    file = RESULTS / "real.json"
+    measured = {(row["system"], row["set"]) for row in rows}
+    kept = [row for row in read_json(file, list) if (row["system"], row["set"]) not in measured]
+    file.write_text(json.dumps(kept + rows, indent=1) + "\n")
     for row in rows:
         print(
             f"{row['system']:28} {row['set']:8} n {row['n']:5} EM {row['em']:.3f} F1 {row['f1']:.3f} NLL {row['nll']}"

@@ -25,7 +25,7 @@ import xxhash
 
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import find_encode_layer, find_encoder
-from dssk.inference.passages import Splitter
+from dssk.inference.passages import Passage, Splitter
 from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
@@ -302,9 +302,10 @@ class ContextLibrary:
     ) -> Iterator[Piece]:
         """Each text as a whole, or its passages."""
         for id, title, text in zip(ids, titles, texts, strict=True):
-            passages = splitter.split(self._encoder.tokenizer, text, title) if splitter else []
-            if len(passages) < 2:
-                yield Piece(id, title, text, Origin("", 0, len(text)))
+            whole = [Passage(text, 0, len(text))]
+            passages = splitter.split(self._encoder.tokenizer, text, title) if splitter else whole
+            if len(passages) == 1:
+                yield Piece(id, title, passages[0].text, Origin("", 0, len(text)))
                 continue
             for number, (passage, start, end) in enumerate(passages, start=1):
                 yield Piece(f"{id}#{number}", title, passage, Origin(id, start, end))

@@ -167,6 +167,8 @@ def test_the_size_of_passages_their_overlap_and_their_titles_can_be_chosen(base_
     passages = [opened.get(id) for id in ids]
     assert all(passage.text == f"Mills\n{LONG[passage.start : passage.end]}" for passage in passages)
     assert all(one.end > two.start for one, two in itertools.pairwise(passages))
+    opened.add(["short"], ids=["whole"], titles=["Mills"], splitter=splitter)
+    assert (opened.get("whole").text, opened.get("whole").document) == ("Mills\nshort", "")
     with pytest.raises(DsskError, match="want at most 256"):
         opened.add(["a"], splitter=Splitter(257))
 
