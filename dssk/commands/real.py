@@ -9,14 +9,15 @@ that share a question or a tenth of a paragraph with a test row are left out of 
 from collections.abc import Sequence
 from pathlib import Path
 
-from dssk.utils.flags import Parser
+from dssk.utils.defaults import LONGEST_TRAINED
+from dssk.utils.flags import Parser, positive_int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from dssk.research.real import write_real_sets
 
-    write_real_sets(args.data, args.output)
+    write_real_sets(args.data, args.output, args.longest)
 
 
 def build_parser() -> Parser:
@@ -26,6 +27,13 @@ def build_parser() -> Parser:
         type=Path,
         metavar="DIR",
         help="folder of squad_v1_*, nq_swap_* and xquad_en_*.jsonl.gz (default: download from the Hub)",
+    )
+    parser.add_argument(
+        "--longest",
+        type=positive_int,
+        default=LONGEST_TRAINED,
+        metavar="CHARACTERS",
+        help="longest paragraph that is trained on: short ones teach more questions a minute",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the sets")
     return parser

@@ -30,7 +30,8 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.empty(outputs, rank))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(hidden_states.device.type):  # else fp32 copies would be made for nothing
+        # Under autocast fp32 copies would be made for nothing.
+        if not torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(self.down.dtype)
         inner = nn.functional.linear(hidden_states, self.down)
         return nn.functional.linear(inner * self.scaling, self.up)

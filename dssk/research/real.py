@@ -18,14 +18,14 @@ from dssk.data.schemas import QA
 from dssk.data.sources import Source
 from dssk.errors import DsskError
 from dssk.utils import files
+from dssk.utils.defaults import LONGEST_TRAINED
 
 RUN_WORDS = 12  # that two paragraphs have in common if one is the other with some words changed
 SHARED_QUESTIONS = 4  # of a paragraph that is worth its reading in training
 HELD_OUT = 300  # rows of NQ-Swap, at least
 WATCHED_CONTEXTS = 16  # of SQuAD, kept for `val`
 SINGLES = {"squad": 600, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
-# Characters of a paragraph that is trained on: short ones teach more questions a minute.
-LONGEST_SHARED, LONGEST_SINGLE = 1_600, 1_000
+SINGLE_SHARE = 2 / 3  # of the longest paragraph: one with fewer questions must be so short
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>")
 
@@ -40,10 +40,13 @@ HUB = {
 }
 
 
-def write_real_sets(data: Path | None, folder: Path) -> None:
-    """Run `dssk real`: write the sets from files below a folder, or from the Hub."""
+def write_real_sets(data: Path | None, folder: Path, longest: int = LONGEST_TRAINED) -> None:
+    """Run `dssk real`: write the sets from files below a folder, or from the Hub.
+
+    Trained on are paragraphs of at most `longest` characters.
+    """
     sources = {name: [source] for name, source in HUB.items()} if data is None else in_folder(data)
-    counts = write_sets(sources, folder)
+    counts = write_sets(sources, folder, longest)
     print(f"{folder}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
 
 
@@ -58,11 +61,10 @@ def in_folder(data: Path) -> dict[str, list[Source]]:
     return {name: [Source(str(path)) for path in paths] for name, paths in found.items()}
 
 
-def write_sets(sources: dict[str, list[Source]], folder: Path) -> dict[str, int]:
+def write_sets(sources: dict[str, list[Source]], folder: Path, longest: int) -> dict[str, int]:
     """Write the four sets as `<set>.jsonl` and return how many rows each has; files that are right already stay."""
-    sets = divide(
-        **{name: [row for source in several for row in read(source)] for name, several in sources.items()}
-    )
+    rows = {name: [row for source in several for row in read(source)] for name, several in sources.items()}
+    sets = divide(rows["squad"], rows["nq_swap"], rows["xquad"], longest)
     check(sets)
     files.make_folder(folder)
     for name, rows in sets.items():
@@ -87,10 +89,13 @@ def read(source: Source) -> list[QA]:
     return rows
 
 
-def divide(squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA]) -> dict[str, list[QA]]:
+def divide(
+    squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA], longest: int
+) -> dict[str, list[QA]]:
     """The rows of each set; which ones are chosen depends on their texts alone.
 
-    What would tell anything of a scored row is left out of the rows that are trained on.
+    What would tell anything of a scored row is left out of the rows that are trained on, whose paragraphs have at most
+    `longest` characters.
     """
     held_out, rest = hold_out(nq_swap, HELD_OUT)
     scored = Scored([*xquad, *held_out])
@@ -101,15 +106,15 @@ def divide(squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA]) -> d
     shared = [
         rows
         for context, rows in by_context.items()
-        if len(rows) >= SHARED_QUESTIONS and len(context) <= LONGEST_SHARED
+        if len(rows) >= SHARED_QUESTIONS and len(context) <= longest
     ]
     single = [row for rows in by_context.values() if len(rows) < SHARED_QUESTIONS for row in rows]
     watched = set(_drawn({rows[0].context for rows in shared}, str)[:WATCHED_CONTEXTS])
     return {
         "train": [
             *(row for rows in shared if rows[0].context not in watched for row in rows),
-            *_singles(single, SINGLES["squad"]),
-            *_singles(rest, SINGLES["nq_swap"]),
+            *_singles(single, SINGLES["squad"], SINGLE_SHARE * longest),
+            *_singles(rest, SINGLES["nq_swap"], SINGLE_SHARE * longest),
         ],
         "val": [row for rows in shared if rows[0].context in watched for row in rows],
         "xquad": list(xquad),
@@ -180,10 +185,10 @@ def check(sets: dict[str, list[QA]]) -> None:
             raise DsskError(f"the row {row.id} is trained on and its paragraph scored: {row.question[:80]!r}")
 
 
-def _singles(rows: Iterable[QA], count: int) -> list[QA]:
-    return _drawn(
-        [row for row in rows if len(row.context) <= LONGEST_SINGLE], lambda row: row.id + row.question
-    )[:count]
+def _singles(rows: Iterable[QA], count: int, longest: float) -> list[QA]:
+    return _drawn([row for row in rows if len(row.context) <= longest], lambda row: row.id + row.question)[
+        :count
+    ]
 
 
 def _drawn(values: Iterable[Any], text: Callable[[Any], str]) -> list[Any]:

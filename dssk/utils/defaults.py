@@ -10,6 +10,7 @@ FURTHER_SYSTEMS = ("prompted_examples",)  # that are compared if they are named
 RATE_FACTORS = {"lora": 2.0, "full": 0.5}  # of fine-tuned prompting: times the checkpoint's learning rate
 FUSED, CROSS_ATTENTION = "fused", "cross_attention"  # what is published: the whole model, or the blocks
 PORT = 7860  # of the demo page
+LONGEST_TRAINED = 900  # characters of a paragraph that `make real` trains on
 
 LARGEST = 2**31  # number of anything that a flag or an experiment takes
 SEEDS = 2**32  # that there are, from 0

@@ -101,12 +101,23 @@ def test_families_share_a_question_or_a_run_of_words():
     assert len({third, fourth, fifth}) == 3
 
 
+def test_paragraphs_that_are_trained_on_are_no_longer_than_is_said():
+    shared = [
+        [qa(context=f"{n} " + "word " * n, question=f"q {k}") for k in range(4)] for n in range(20, 100)
+    ]
+    single = [qa(context=f"single {n} " + "word " * n, question=f"single {n}") for n in range(20, 100)]
+    sets = real.divide([*itertools.chain(*shared), *single], [], [], longest=300)
+    lengths = {len(row.context) for row in sets["train"] if row.question.startswith("q ")}
+    assert 290 < max(lengths) <= 300
+    assert 190 < max(len(row.context) for row in sets["train"] if row.question.startswith("single")) <= 200
+
+
 @pytest.mark.parametrize("told", [{"question": "WHO, is it"}, {"context": paragraph(5) + " and more"}])
 def test_what_tells_of_a_scored_row_is_left_out_and_never_passes(told):
     scored = qa(context=paragraph(5), question="who is it?")
     leak = qa(**{"context": paragraph(6), "question": "no"} | told)
     sound = [qa(context=paragraph(7), question=f"q {n}") for n in range(4)]
-    sets = real.divide([*sound, *[leak] * 4], [], [scored])
+    sets = real.divide([*sound, *[leak] * 4], [], [scored], longest=1000)
     assert leak not in sets["train"] + sets["val"]
     with pytest.raises(DsskError, match="is trained on and its paragraph scored"):
         real.check({"train": [leak], "val": [], "xquad": [scored], "nq_swap": []})
