@@ -63,8 +63,8 @@ def in_folder(data: Path) -> dict[str, list[Source]]:
 
 def write_sets(sources: dict[str, list[Source]], folder: Path, longest: int) -> dict[str, int]:
     """Write the four sets as `<set>.jsonl` and return how many rows each has; files that are right already stay."""
-    rows = {name: [row for source in several for row in read(source)] for name, several in sources.items()}
-    sets = divide(rows["squad"], rows["nq_swap"], rows["xquad"], longest)
+    found = {name: [row for source in several for row in read(source)] for name, several in sources.items()}
+    sets = divide(found["squad"], found["nq_swap"], found["xquad"], longest)
     check(sets)
     files.make_folder(folder)
     for name, rows in sets.items():
