@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import dssk
 from tests.conftest import REPOSITORY
 
-OTHERS = {  # of the shell, of torch; and of what says nothing
+OTHERS = {  # of the shell, of the system, of torch; and of what says nothing
     "dssk: command not found",
+    "Killed, exit code 137",
     "CUDA out of memory",
     "DeepSpeed starts and nothing more happens",
 }
