@@ -115,7 +115,7 @@ EXP_GROUPS = {
             "learning_rate": 1.5e-3,
             "num_contexts": [[1, 10]],
             "distractors": {"neighbours": 1.0, "batch": 1.0},
-            "gold_missing": 0.05,
+            "gold_missing": 0.08,
             "contexts_warmup": 4,
         }
     ],
