@@ -27,6 +27,7 @@ UNITS = {
     "ROWS",
     "STEPS",
     "PROCESSES",
+    "CHARACTERS",
     "CHECKPOINTS",
     "PROMPTS",
     "DOCUMENTS",
