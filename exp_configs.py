@@ -262,7 +262,7 @@ EXP_GROUPS = {
     # `make real` trains it.
     "merged_smollm2-135m": [MERGED_CONFIG],
     # Better answers from the same states for more work in reading them: layers above the stored one are run again, and
-    # adapters learn with the maps. They want five times the maps' rate, which their scale gives them. bfloat16 is twice
+    # adapters learn with the maps. They want a higher rate than maps, which their scale gives them. bfloat16 is twice
     # as fast on a processor that has it, and many times slower on one that has not.
     "merged_replay_smollm2-135m": [
         {

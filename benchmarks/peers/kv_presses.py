@@ -2,7 +2,7 @@
 
     python -m venv peers
     peers/bin/pip install -r benchmarks/peers/requirements.txt
-    peers/bin/python benchmarks/peers/kv_presses.py --base BASE --adapters COMPARE/finetuned-lora_prompted \\
+    peers/bin/python benchmarks/peers/kv_presses.py --base BASE --adapters COMPARE/lora_prompted \\
         --questions xquad.jsonl --stored merged=1152=RUN/predictions.jsonl
 
 Each context is read once, its cache is shrunk without a question in sight (but for SnapKV, which looks from the last
@@ -36,6 +36,7 @@ from dssk.evaluation.scores import with_interval
 from dssk.inference.generation import answer_in
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context, tokenize_question_after_context
 from dssk.models.shapes import kv_cache_values
+from dssk.utils.defaults import MAX_NEW_TOKENS
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "kv_presses.json"
 PRESSES: dict[str, Any] = {
@@ -47,7 +48,6 @@ PRESSES: dict[str, Any] = {
 }
 NOMINAL = {"KVzip"}  # masks what it drops
 VALUE_BYTES = 2
-NEW_TOKENS = 32
 
 Row = dict[str, Any]
 
@@ -90,7 +90,7 @@ def answer(
     """A greedy answer to a question at a position; the cache is left as it was."""
     kept = cache.get_seq_length()
     tokens, new = list(question), []
-    for _ in range(NEW_TOKENS):
+    for _ in range(MAX_NEW_TOKENS):
         positions = torch.arange(position, position + len(tokens))[None]
         logits = model(
             torch.tensor([tokens]), past_key_values=cache, position_ids=positions, logits_to_keep=1

@@ -113,8 +113,8 @@ def divide(
     return {
         "train": [
             *(row for rows in shared if rows[0].context not in watched for row in rows),
-            *_singles(single, SINGLES["squad"], SINGLE_SHARE * longest),
-            *_singles(rest, SINGLES["nq_swap"], SINGLE_SHARE * longest),
+            *_singles(single, SINGLES["squad"], longest),
+            *_singles(rest, SINGLES["nq_swap"], longest),
         ],
         "val": [row for rows in shared if rows[0].context in watched for row in rows],
         "xquad": list(xquad),
@@ -185,10 +185,9 @@ def check(sets: dict[str, list[QA]]) -> None:
             raise DsskError(f"the row {row.id} is trained on and its paragraph scored: {row.question[:80]!r}")
 
 
-def _singles(rows: Iterable[QA], count: int, longest: float) -> list[QA]:
-    return _drawn([row for row in rows if len(row.context) <= longest], lambda row: row.id + row.question)[
-        :count
-    ]
+def _singles(rows: Iterable[QA], count: int, longest: int) -> list[QA]:
+    short = [row for row in rows if len(row.context) <= SINGLE_SHARE * longest]
+    return _drawn(short, lambda row: row.id + row.question)[:count]
 
 
 def _drawn(values: Iterable[Any], text: Callable[[Any], str]) -> list[Any]:
