@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.common import replace_rows
 from dssk.evaluation import by_number
 from dssk.inference.loading import find_encode_layer, find_model, load_config
 from dssk.models.shapes import window
@@ -104,14 +105,7 @@ def real_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def replace(rows: list[dict[str, Any]]) -> None:
     """Put rows into the results, in place of those of their sets, seeds, systems and numbers of contexts."""
-
-    def of(row: dict[str, Any]) -> tuple:
-        return row["set"], row["seed"], row.get("system"), row.get("num_contexts")
-
-    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    measured = set(map(of, rows))
-    kept = [row for row in old if of(row) not in measured]
-    RESULTS.write_text(json.dumps(kept + rows, indent=1) + "\n")
+    replace_rows(RESULTS, rows, ("set", "seed", "system", "num_contexts"))
 
 
 def path(text: str) -> Path:

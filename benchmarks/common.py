@@ -6,7 +6,7 @@ the rounds counts. One thread, fp32, no dropout.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,6 +52,17 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(times) for name, times in seconds.items()}
+
+
+def replace_rows(file: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Put rows into a file of results, in place of those that are the same in `columns`."""
+
+    def of(row: dict[str, Any]) -> tuple:
+        return tuple(row.get(column) for column in columns)
+
+    old = json.loads(file.read_text()) if file.is_file() else []
+    measured = set(map(of, rows))
+    file.write_text(json.dumps([row for row in old if of(row) not in measured] + rows, indent=1) + "\n")
 
 
 class Results:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 import dssk  # noqa: F401 - makes the fused configurations known
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, replace_rows
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.models.shapes import projected_values
 from dssk.run_folder import METRICS
@@ -88,10 +88,7 @@ def main(words: list[str]) -> None:
         system, _, places = word.partition("=")
         run, _, scores = places.partition(",")
         rows += rows_of(system, Path(run) if run else None, Path(scores))
-    file = RESULTS / "real.json"
-    measured = {(row["system"], row["set"]) for row in rows}
-    kept = [row for row in read_json(file, list) if (row["system"], row["set"]) not in measured]
-    file.write_text(json.dumps(kept + rows, indent=1) + "\n")
+    replace_rows(RESULTS / "real.json", rows, ("system", "set"))
     for row in rows:
         print(
             f"{row['system']:28} {row['set']:8} n {row['n']:5} EM {row['em']:.3f} F1 {row['f1']:.3f} NLL {row['nll']}"

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dssk.data.readers import BadRow, RawRow
 from dssk.data.schemas import Dropped, UnknownFields, to_qa
 from dssk.errors import DamagedData, DsskError
-from dssk.inference.passages import Passage, Splitter
+from dssk.inference.passages import Passage, Splitter, passages_of
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.store.dataset import QUESTION_FEATURES, write_dataset_files
 from dssk.store.manifest import (
@@ -283,10 +283,8 @@ class Passages:
     def of(self, row: dict) -> list[Passage]:
         """The passages of a row's context; itself, if it is short or to be cut off."""
         text, title = row["context"], row["document"]
-        if self._splitter is None:
-            return [Passage(text, 0, len(text))]
         if self._last[:2] != (text, title) or not self._last[2]:
-            self._last = (text, title, self._splitter.split(self._tokenizer, text, title))
+            self._last = (text, title, passages_of(self._splitter, self._tokenizer, text, title))
         return self._last[2]
 
 

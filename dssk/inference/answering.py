@@ -16,7 +16,7 @@ from dssk.inference.attending import seen
 from dssk.inference.batching import length_batches
 from dssk.inference.encoding import Encoder
 from dssk.inference.generation import Tokens, contexts_together, generate_batch
-from dssk.inference.passages import Passage, Splitter
+from dssk.inference.passages import Passage, Splitter, passages_of
 from dssk.inference.tokenizer import load_tokenizer, tokenize_question
 from dssk.models.modeling import CONTEXT_ARGUMENTS
 from dssk.models.modeling import Context as Projected
@@ -207,8 +207,8 @@ def encode_passages(
 
     With `truncate` each text is one passage, of which the model's window is read.
     """
-    splitter = splitter or Splitter(window(model.config))
-    cut = [[Passage(text, 0, len(text))] if truncate else splitter.split(tokenizer, text) for text in texts]
+    splitter = None if truncate else splitter or Splitter(window(model.config))
+    cut = [passages_of(splitter, tokenizer, text) for text in texts]
     states = iter(Encoder(model, tokenizer).encode([passage.text for several in cut for passage in several]))
     return [[(next(states), passage) for passage in several] for several in cut]
 

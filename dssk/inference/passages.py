@@ -99,6 +99,13 @@ class Splitter:
         return min(after, _first_at(starts, sentence)) if sentence is not None else earliest
 
 
+def passages_of(
+    splitter: Splitter | None, tokenizer: PreTrainedTokenizerBase, text: str, title: str = ""
+) -> list[Passage]:
+    """The passages of a text; without a splitter, where texts are cut off, it is one."""
+    return [Passage(text, 0, len(text))] if splitter is None else splitter.split(tokenizer, text, title)
+
+
 def _sentence_end(ends: list[int], limit: int, length: int, least: int) -> int:
     """The last end of a sentence in a text's part up to `limit`, or that where the part would be too short."""
     if limit == length:

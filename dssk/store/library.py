@@ -25,7 +25,7 @@ import xxhash
 
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.loading import find_encode_layer, find_encoder
-from dssk.inference.passages import Passage, Splitter
+from dssk.inference.passages import Splitter, passages_of
 from dssk.inference.rounding import StorageDtype, encoding_bytes
 from dssk.store import v01, verify
 from dssk.store.encoder import TextEncoder, describe_encoding
@@ -302,8 +302,7 @@ class ContextLibrary:
     ) -> Iterator[Piece]:
         """Each text as a whole, or its passages."""
         for id, title, text in zip(ids, titles, texts, strict=True):
-            whole = [Passage(text, 0, len(text))]
-            passages = splitter.split(self._encoder.tokenizer, text, title) if splitter else whole
+            passages = passages_of(splitter, self._encoder.tokenizer, text, title)
             if len(passages) == 1:
                 yield Piece(id, title, passages[0].text, Origin("", 0, len(text)))
                 continue
