@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -151,6 +151,8 @@ def _encode_in_processes(
                     progress(-told + (told := sum(board.tokens)))
                     for task in done:
                         task.result()
+            except BrokenProcessPool:
+                raise  # the pool itself ends the others, by another signal than what ended the first
             except BaseException:
                 for worker in workers:
                     worker.kill()
@@ -164,26 +166,29 @@ class _Board:
 
     def __init__(self, context: SpawnContext, num_proc: int):
         self.pids, self.shards, self.tokens = (context.Array("q", num_proc, lock=False) for _ in range(3))
+        self.shards[:] = [-1] * num_proc  # none yet
         self.free_places = context.SimpleQueue()
         for place in range(num_proc):
             self.free_places.put(place)
 
+    def place(self, pid: int | None, shards: Sequence[PlannedShard]) -> str:
+        """Which contexts a worker was at, for people."""
+        for other, index in zip(self.pids, self.shards, strict=True):
+            if other == pid and index >= 0:
+                shard = shards[index]
+                return f"at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}"
+        return "before its first context"
+
 
 def _lost(job: Job, board: _Board, workers: Iterable[BaseProcess]) -> EnvironmentFault:
     """The fault that names the worker that died first; the pool has ended all others by SIGTERM."""
-    ended = {w.pid: w.exitcode for w in workers if w.exitcode not in (None, 0, -signal.SIGTERM)}
-    for pid, place in zip(board.pids, range(len(board.pids)), strict=True):
-        if code := ended.get(pid):
-            shard = job.plan.shards[board.shards[place]]
-            how = (
-                f"was killed by signal {-code} (out of memory?)"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
-            who = f"encoder {place} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}"
-            break
-    else:
+    ended = ((w.pid, w.exitcode) for w in workers if w.exitcode and w.exitcode != -signal.SIGTERM)
+    pid, code = next(ended, (None, None))
+    if code is None:
         who = "an encoder was ended from outside"
+    else:
+        how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
+        who = f"an encoder {how} {board.place(pid, job.plan.shards)}"
     return EnvironmentFault(f"{who}: all finished shards are kept, start the same command again to go on")
 
 

@@ -1,17 +1,22 @@
 """Encoding: batches, faults of the device and of the numbers, and bytes that depend on rows and settings alone."""
 
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dssk.data import encode
+from dssk.data.plan import PlannedShard
 from dssk.errors import Diverged, EnvironmentFault
 from dssk.inference import encoding
 from dssk.inference.tokenizer import load_tokenizer
@@ -174,14 +179,38 @@ def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preproc
     while len(list(contexts.glob("*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(_workers(process.pid)[0], signal.SIGKILL)
+    os.kill(
+        _workers(process.pid)[0], signal.SIGKILL
+    )  # on a machine under load this one may not have begun yet
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert "was killed by signal 9 (out of memory?) at contexts" in errors.splitlines()[-1]
+    assert re.search(
+        r"killed by signal 9 \(out of memory\?\) (at contexts|before its first)", errors.splitlines()[-1]
+    )
     kept = stamps(path.with_suffix(".arrow") for path in contexts.glob("data-*.json"))
     path = preprocess(tmp_path, source, **flags | {"val_fraction": 0.05, "num_proc": 1})
     assert stamps(kept) == kept
     load_rows(path)
+
+
+def test_the_encoder_that_died_first_is_named_with_where_it_was():
+    shards = [PlannedShard(first_row=first, rows=10, tokens=50, key="") for first in (0, 10, 20)]
+    job = SimpleNamespace(plan=SimpleNamespace(shards=shards))
+    board = encode._Board(multiprocessing.get_context("spawn"), 2)
+    board.pids[:], board.shards[0] = [7, 8], 2
+    by_pool = SimpleNamespace(pid=9, exitcode=-signal.SIGTERM)
+
+    def message(pid, exitcode):
+        return str(encode._lost(job, board, [by_pool, SimpleNamespace(pid=pid, exitcode=exitcode)]))
+
+    assert message(7, -9).startswith(
+        "an encoder was killed by signal 9 (out of memory?) at contexts 20 to 29: "
+    )
+    assert message(8, -9).startswith(
+        "an encoder was killed by signal 9 (out of memory?) before its first context: "
+    )
+    assert message(7, 1).startswith("an encoder ended with exit code 1 at contexts 20 to 29: ")
+    assert message(7, 0).startswith("an encoder was ended from outside: ")
 
 
 @pytest.mark.slow
