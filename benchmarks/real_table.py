@@ -4,7 +4,7 @@
 
 SCORES is a folder of what `dssk evaluate` or `dssk compare` wrote, named `<set>*.json` or `scores-<set>-<system>.json`.
 RUN is a run's folder, or that of a model that compare fine-tuned; empty where nothing was trained. A score that is not
-there makes no row; rows of other systems and sets stay.
+there makes no row; rows of other systems, sets and seeds stay.
 """
 
 import json
@@ -33,6 +33,7 @@ def trained(folder: Path) -> dict[str, Any]:
     if (folder / "settings.json").is_file():
         facts = read_json(folder / "settings.json", dict)
         return {
+            "seed": facts["settings"]["seed"],
             "trained_parameters": facts["trained_parameters"],
             "train_cpu_seconds": facts["cpu_seconds"],
             "train_questions": facts["questions"],
@@ -46,6 +47,7 @@ def trained(folder: Path) -> dict[str, Any]:
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     sizes = {name: prod(info["shape"]) for name, info in header.items() if name != "__metadata__"}
     return {
+        "seed": experiment["seed"],
         "bytes_per_context_token": encoding_bytes(
             DEFAULT_STORAGE, config.hidden_size * len(config.encode_layers)
         ),
@@ -60,6 +62,7 @@ def trained(folder: Path) -> dict[str, Any]:
 
 def rows_of(system: str, folder: Path | None, scores: Path) -> list[dict[str, Any]]:
     """A row for each set and control of a system."""
+    facts = trained(folder) if folder else {}
     rows = []
     for name in SETS:
         for file in sorted([*scores.glob(f"{name}*.json"), *scores.glob(f"scores-{name}-*.json")]):
@@ -69,9 +72,10 @@ def rows_of(system: str, folder: Path | None, scores: Path) -> list[dict[str, An
                     continue
                 own = control == "with_context"
                 row = {"system": system if own else f"{system}/{control}", "set": name}
+                row |= {"seed": facts["seed"]} if facts else {}
                 row |= {key: scored[key] for key in SCORES} | {"nll": scored["answer_nll"]}
-                measured = costs(scores, name, file.stem.removeprefix(f"scores-{name}-")) if own else {}
-                rows.append(row | (trained(folder) if folder and own else {}) | measured)
+                measured = costs(scores, name, file.stem.removeprefix(f"scores-{name}-"))
+                rows.append(row | facts | measured if own else row)
     return rows
 
 
@@ -88,7 +92,7 @@ def main(words: list[str]) -> None:
         system, _, places = word.partition("=")
         run, _, scores = places.partition(",")
         rows += rows_of(system, Path(run) if run else None, Path(scores))
-    replace_rows(RESULTS / "real.json", rows, ("system", "set"))
+    replace_rows(RESULTS / "real.json", rows, ("system", "set", "seed"))
     for row in rows:
         print(
             f"{row['system']:28} {row['set']:8} n {row['n']:5} EM {row['em']:.3f} F1 {row['f1']:.3f} NLL {row['nll']}"

@@ -29,6 +29,14 @@ def check_loggers(report_to: str | None) -> None:
             raise DsskError(f"--report_to {name} needs its package: pip install {name}")
 
 
+def emulates_bfloat16() -> bool:
+    """Whether training runs on an x86 CPU without bfloat16 units, where it takes several times as long as fp32."""
+    if torch.cuda.is_available():
+        return False
+    cpu = torch.cpu.get_capabilities()
+    return cpu["architecture"] == "x86_64" and not (cpu["avx512_bf16"] or cpu["amx_bf16"])
+
+
 def training_arguments(
     cfg: ExperimentConfig, run: RunArgs, savedir: Path, skip_steps: int
 ) -> TrainingArguments:

@@ -58,7 +58,7 @@ from dssk.store.manifest import Manifest
 from dssk.store.opening import check_model, load_manifest
 from dssk.training import estimate, state
 from dssk.training.answers import AnswerScorer
-from dssk.training.arguments import check_loggers, training_arguments
+from dssk.training.arguments import check_loggers, emulates_bfloat16, training_arguments
 from dssk.training.budget import CpuBudget, StopAtBudget
 from dssk.training.callbacks import FuseEvery, MetricsFile, Progress
 from dssk.training.distill import Teacher
@@ -369,6 +369,8 @@ def describe(trainer: CrossAttnTrainer, savedir: Path, start: Start) -> str:
         *(("skipped", reason) for reason in start.skipped),
         ("start", f"resuming from step {start.step}" if start.checkpoint else "starting at step 0"),
     ]
+    if args.bf16 and emulates_bfloat16():
+        lines.insert(-1, ("bf16", "this processor emulates it: --set bf16=false is faster"))
     return "\n".join(f"{name:11} {text}" for name, text in lines)
 
 

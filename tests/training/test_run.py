@@ -158,6 +158,19 @@ def test_attention_is_computed_as_the_experiment_says(run, monkeypatch, asked, u
     assert "attn_implementation" not in json.loads((folder / "final" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("units", ["amx_bf16", None])
+def test_a_processor_without_bfloat16_is_said_to_be_one(run, monkeypatch, capsys, units):
+    cpu = {
+        "architecture": "x86_64",
+        "avx512_bf16": False,
+        "amx_bf16": False,
+        **({units: True} if units else {}),
+    }
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    run("--steps", "1", "--log_every", "1", bf16=True)
+    assert ("this processor emulates it: --set bf16=false" in capsys.readouterr().out) == (units is None)
+
+
 def test_bfloat16_trains_fp32_blocks(run):
     folder = run("--steps", "2", "--log_every", "2", bf16=True)
     assert {t.dtype for t in weights(folder / "checkpoint-2").values()} == {torch.float32}
