@@ -105,8 +105,19 @@ EXP_GROUPS = {
     "crossattn_tiny": [
         TINY_CONFIG,
     ],
-    # The same, and each question reads up to ten contexts: which of them has the answer is learned, from a start that
-    # compares words. Two wide heads tell more names apart than many narrow ones.
+    # The merged reader on the same questions. One layer gathers what is asked and a later one looks it up: it wants
+    # more than two. `dssk base --dataset toy --layers 4 --output runs/merged/base` makes them.
+    "merged_tiny": [
+        {
+            **TINY_CONFIG,
+            "model_path": "runs/merged/base",
+            "reader": "merged",
+            "decoder_lora": {"rank": 32},
+            "learning_rate": 4e-3,
+        }
+    ],
+    # Blocks again, and each question reads up to ten contexts: which of them has the answer is learned, from a start
+    # that compares words. Two wide heads tell more names apart than many narrow ones.
     "crossattn_tiny_contexts": [
         {
             **TINY_CONFIG,

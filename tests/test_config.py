@@ -22,7 +22,8 @@ from dssk.training.published import PUBLISHED, published_config, table
 from exp_configs import BASE_CONFIG, EXP_GROUPS
 from tests.conftest import REPOSITORY
 
-LOCAL_BASES = {"runs/demo/seed-0/base": (2, 4), "runs/squad/base": (3, 4)}  # layers and heads
+# Layers and heads.
+LOCAL_BASES = {"runs/demo/seed-0/base": (2, 4), "runs/merged/base": (4, 4), "runs/squad/base": (3, 4)}
 EXPERIMENTS = [(group, exp) for group, exps in EXP_GROUPS.items() for exp in expand_group(exps)]
 
 
@@ -107,7 +108,7 @@ def test_the_groups_of_experiments_are_these():
         "starchat-alpha smollm2-135m qwen3-0.6b llama-3.2-1b gemma-2-2b starcoder2-3b starcoder2-7b mistral-7b "
         "llama-3.1-8b qwen3-8b starcoder2-15b"
     )
-    merged = {"merged_smollm2-135m", "merged_replay_smollm2-135m"}
+    merged = {"merged_tiny", "merged_smollm2-135m", "merged_replay_smollm2-135m"}
     assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()} | merged
 
 
