@@ -74,8 +74,9 @@ def rows_of(system: str, folder: Path | None, scores: Path) -> list[dict[str, An
                 row = {"system": system if own else f"{system}/{control}", "set": name}
                 row |= {"seed": facts["seed"]} if facts else {}
                 row |= {key: scored[key] for key in SCORES} | {"nll": scored["answer_nll"]}
-                measured = costs(scores, name, file.stem.removeprefix(f"scores-{name}-"))
-                rows.append(row | facts | measured if own else row)
+                if own:
+                    row |= facts | costs(scores, name, file.stem.removeprefix(f"scores-{name}-"))
+                rows.append(row)
     return rows
 
 

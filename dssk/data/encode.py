@@ -171,13 +171,13 @@ class _Board:
         for place in range(num_proc):
             self.free_places.put(place)
 
-    def place(self, pid: int | None, shards: Sequence[PlannedShard]) -> str:
-        """Which contexts a worker was at, for people."""
-        for other, index in zip(self.pids, self.shards, strict=True):
+    def told(self, pid: int | None, how: str, shards: Sequence[PlannedShard]) -> str:
+        """Which worker ended, how, and at which contexts, for people."""
+        for place, (other, index) in enumerate(zip(self.pids, self.shards, strict=True)):
             if other == pid and index >= 0:
                 shard = shards[index]
-                return f"at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}"
-        return "before its first context"
+                return f"encoder {place} {how} at contexts {shard.first_row} to {shard.first_row + shard.rows - 1}"
+        return f"an encoder {how} before its first context"
 
 
 def _lost(job: Job, board: _Board, workers: Iterable[BaseProcess]) -> EnvironmentFault:
@@ -188,7 +188,7 @@ def _lost(job: Job, board: _Board, workers: Iterable[BaseProcess]) -> Environmen
         who = "an encoder was ended from outside"
     else:
         how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-        who = f"an encoder {how} {board.place(pid, job.plan.shards)}"
+        who = board.told(pid, how, job.plan.shards)
     return EnvironmentFault(f"{who}: all finished shards are kept, start the same command again to go on")
 
 

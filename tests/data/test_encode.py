@@ -179,13 +179,11 @@ def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preproc
     while len(list(contexts.glob("*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(
-        _workers(process.pid)[0], signal.SIGKILL
-    )  # on a machine under load this one may not have begun yet
+    os.kill(_workers(process.pid)[0], signal.SIGKILL)  # under load this one may not have begun yet
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert re.search(
-        r"killed by signal 9 \(out of memory\?\) (at contexts|before its first)", errors.splitlines()[-1]
+        r"was killed by signal 9 \(out of memory\?\) (at contexts|before its first)", errors.splitlines()[-1]
     )
     kept = stamps(path.with_suffix(".arrow") for path in contexts.glob("data-*.json"))
     path = preprocess(tmp_path, source, **flags | {"val_fraction": 0.05, "num_proc": 1})
@@ -204,12 +202,12 @@ def test_the_encoder_that_died_first_is_named_with_where_it_was():
         return str(encode._lost(job, board, [by_pool, SimpleNamespace(pid=pid, exitcode=exitcode)]))
 
     assert message(7, -9).startswith(
-        "an encoder was killed by signal 9 (out of memory?) at contexts 20 to 29: "
+        "encoder 0 was killed by signal 9 (out of memory?) at contexts 20 to 29: "
     )
     assert message(8, -9).startswith(
         "an encoder was killed by signal 9 (out of memory?) before its first context: "
     )
-    assert message(7, 1).startswith("an encoder ended with exit code 1 at contexts 20 to 29: ")
+    assert message(7, 1).startswith("encoder 0 ended with exit code 1 at contexts 20 to 29: ")
     assert message(7, 0).startswith("an encoder was ended from outside: ")
 
 
