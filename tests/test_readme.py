@@ -46,7 +46,6 @@ def shell(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -206,7 +206,7 @@ def test_someone_at_a_terminal_is_asked_and_sees_the_answer_come(checkpoint, lib
         [*words, "--max_new_tokens", "8"], cwd=REPOSITORY, stdin=theirs, stdout=subprocess.PIPE, text=True
     )
     os.write(ours, b"how long is the bridge\n\n/quit\nnever read\n")
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate()
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0

@@ -185,7 +185,6 @@ def test_an_old_name_spawns_processes(tmp_path):
         [sys.executable, "-m", "dssk.jobs.table"],
         capture_output=True,
         text=True,
-        timeout=60,
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.stdout == "3\n", done.stderr

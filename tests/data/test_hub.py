@@ -74,9 +74,7 @@ def command(tmp_path, base_path):
             "--embedding_model",
         ]
         words += [str(model), "--data_cache_path", str(tmp_path)]
-        return subprocess.run(
-            words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
     return run
 

@@ -44,7 +44,6 @@ class Checkout:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=240,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

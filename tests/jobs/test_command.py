@@ -231,6 +231,6 @@ def test_a_stopped_job_hands_the_signal_on_once_and_keeps_the_exit_code(tmp_path
     while not (logs.exists() and "ready" in logs.read_text()):
         assert job.poll() is None
     job.terminate()
-    assert job.wait(timeout=20) == 75
+    assert job.wait() == 75
     assert logs.read_text() == "ready\n1 signals\n"
     assert (tmp_path / "err.txt").read_text() == ""

@@ -75,9 +75,7 @@ def test_a_key_is_found_nowhere_but_in_its_file(toolkit, tmp_path, base_path, mo
     del toolkit.environment["WANDB_API_KEY"]
     done = toolkit.bash(LAUNCH.format(savedir=savedir_base, data=store), WANDB_MODE="offline")
     savedir = savedir_base / experiment_id(exp_dict)
-    deadline = time.monotonic() + 120
     while not list(Path(toolkit.environment["FAKE_TOOLKIT"]).glob("*/exit")):
-        assert time.monotonic() < deadline, (savedir / "err.txt").read_text()
         time.sleep(0.1)
     watch.over.set()
     watch.join()

@@ -1,8 +1,8 @@
 """The founding document's haven block, on a toolkit that keeps jobs in a folder and runs them with bash."""
 
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ python trainval.py \\
 """
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=500):  # a loaded machine starts three trainings in minutes
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -59,11 +59,11 @@ def test_the_founding_documents_block_trains_every_experiment_and_a_failed_one_r
     launch = LAUNCH.format(env=tmp_path / "p2", savedir=savedir_base, data=store_path)
     ids = [experiment_id(exp_dict) for exp_dict in three_experiments]
     victim = savedir_base / ids[1]
-    killer = threading.Thread(target=kill_at_first_checkpoint, args=(victim, jobs))
-    killer.start()
-    submitted = toolkit.bash(launch).stdout
-    assert all(exp_id in submitted for exp_id in ids)
-    killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_at_first_checkpoint, victim, jobs)
+        submitted = toolkit.bash(launch).stdout
+        assert all(exp_id in submitted for exp_id in ids)
+        killed.result()
     wait_until(lambda: len(list(jobs.glob("*/exit"))) == 3)
     again = launch.replace("-r 1", "-r 0 --job_action run")
     submitted = toolkit.bash(again).stdout
