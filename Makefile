@@ -5,8 +5,10 @@ MINUTES ?= 30
 REAL ?= runs/real
 GROUP ?= merged_smollm2-135m
 BIN := .venv/bin
-# Python compiles what it imports; pip would compile every file of every library, which takes longer than to unpack them.
+# Python compiles what it imports and keeps it; pip would compile every file of every library, which takes longer than
+# to unpack them. Where Python may not keep it, as in many containers, each command would compile them again, in 25 s.
 PIP := $(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 TOY = runs/demo/seed-$(SEED)
 
 .PHONY: install install-test demo compare real lint test test-slurm test-faults test-launchers test-transformers bench-model bench-data bench-train clean
