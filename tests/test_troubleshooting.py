@@ -9,6 +9,7 @@ from tests.conftest import REPOSITORY
 
 OTHERS = {  # of the shell, of the system, of torch; and of what says nothing
     "dssk: command not found",
+    "Every command takes half a minute to start",
     "Killed, exit code 137",
     "CUDA out of memory",
     "DeepSpeed starts and nothing more happens",
