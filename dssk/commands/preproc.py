@@ -20,6 +20,7 @@ from dssk.utils.flags import (
     count,
     optional_str,
     positive_int,
+    seed,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def build_parser() -> Parser:
         **_SWITCH,
         help="Natural Questions: encode the passages of the whole page, not the long answer alone",
     )
-    add("--seed", type=count, default=0, metavar="SEED", help="of the toy data set")
+    add("--seed", type=seed, default=0, metavar="SEED", help="of the toy data set")
 
     work = parser.add_argument_group("the encoding")
     add = work.add_argument

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import xxhash
 from tqdm import tqdm
 
+from dssk.errors import EnvironmentFault
 from dssk.evaluation.by_number import golds
 from dssk.evaluation.metrics import answer_class, exact_match, f1, rouge_l
 from dssk.evaluation.questions import QuestionSet
@@ -134,6 +135,11 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Prediction]:
 
 def _finish(path: Path, settings: dict[str, Any], count: int) -> list[Prediction]:
     done = _read(path, settings)
+    if lost := count - len(done):
+        raise EnvironmentFault(
+            f"{lost} of {count} answers in {path.parent} are gone: they were removed while others were made; start "
+            "the same command again"
+        )
     predictions = [done[row] for row in range(count)]
     files.write_text(path, "".join(map(_line, predictions)))
     return predictions
@@ -161,7 +167,8 @@ def _partial(path: Path, rank: int) -> Path:
 
 def _partials(path: Path) -> list[Path]:
     first = _partial(path, 0).name
-    return sorted(p for p in path.parent.iterdir() if p.name == first or p.name.startswith(f"{first}."))
+    names = path.parent.glob("*")  # none where the folder itself was removed
+    return sorted(p for p in names if p.name == first or p.name.startswith(f"{first}."))
 
 
 def _checksum(text: bytes) -> bytes:

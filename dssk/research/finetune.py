@@ -40,7 +40,7 @@ from dssk.utils.console import watched
 from dssk.utils.json_files import read_json
 
 SETTINGS_FILE = "settings.json"
-MINUTES_LOGGED_STEPS = 20  # between logs of a training that minutes end
+LOGGED_SECONDS = 60  # between logs of a training that minutes end
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ def _trainer(
         warmup_steps=0.05,  # of all steps
         weight_decay=0.01,
         adam_beta2=0.98,
-        logging_steps=max(settings.steps // 10, 1) if budget.limit is None else MINUTES_LOGGED_STEPS,
+        logging_strategy="steps" if budget.limit is None else "no",
+        logging_steps=max(settings.steps // 10, 1),
         save_strategy="no",
         report_to=[],
         seed=settings.seed,
@@ -238,7 +239,7 @@ def _trainer(
         if together
         else DataCollatorForSeq2Seq(tokenizer),  # pads labels, too
         train_dataset=examples if together else [whole(example) for example in examples],
-        callbacks=[_Progress(settings), StopAtBudget(budget)],
+        callbacks=[_Progress(settings.method, budget), StopAtBudget(budget)],
         settings=settings,
         budget=budget,
     )
@@ -247,13 +248,19 @@ def _trainer(
 
 
 class _Progress(TrainerCallback):
-    """A line for every tenth of the steps."""
+    """A line for every tenth of the steps, or for every minute of the budget."""
 
-    def __init__(self, settings: FineTuning):
-        self.name = settings.method
+    def __init__(self, method: str, budget: CpuBudget):
+        self.method, self.budget = method, budget
+        self._next = budget.used + LOGGED_SECONDS
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.budget.limit is not None and self.budget.used >= self._next:
+            self._next = self.budget.used + LOGGED_SECONDS
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            line = f"{self.name:5} step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}"
-            tqdm.write(line)
+            place = self.budget.place(state.global_step, state.max_steps)
+            tqdm.write(f"{self.method:5} step {place}  loss {float(logs['loss']):.4f}")
             sys.stdout.flush()  # into a log as well

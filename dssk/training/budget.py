@@ -34,6 +34,12 @@ class CpuBudget:
         """How much of the limit is used, from 0 to 1; 0 without a limit."""
         return 0.0 if self.limit is None else min(1.0, self.used / self.limit)
 
+    def place(self, step: int, steps: int) -> str:
+        """How far a run is that has made `step` of `steps` steps, in words."""
+        if self.limit is None:
+            return f"{step}/{steps}"
+        return f"{step}, {self.used / 60:.1f} of {self.limit / 60:g} CPU minutes"
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside this block the clock is stopped."""

@@ -86,14 +86,10 @@ class Progress(TrainerCallback):
         shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in (logs or {})]
         if not state.is_world_process_zero or not shown:
             return
-        line = f"step {self._place(state)}  {'  '.join(shown)}  {self._time_left(state)}"
+        place = self.budget.place(state.global_step, state.max_steps)
+        line = f"step {place}  {'  '.join(shown)}  {self._time_left(state)}"
         tqdm.write(line.rstrip(), file=sys.stdout)
         sys.stdout.flush()
-
-    def _place(self, state) -> str:
-        if self.budget.limit is None:
-            return f"{state.global_step}/{state.max_steps}"
-        return f"{state.global_step}, {self.budget.used / 60:.1f} of {self.budget.limit / 60:g} CPU minutes"
 
     def _time_left(self, state) -> str:
         if self.budget.limit is not None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dssk.commands import evaluate as command
-from dssk.errors import DsskError, Locked
+from dssk.errors import DsskError, EnvironmentFault, Locked
 from dssk.evaluation import predictions
 from dssk.evaluation.evaluate import (
     CONTROLS,
@@ -170,6 +171,21 @@ def test_long_contexts_make_smaller_batches(checkpoint, store_path, tmp_path, mo
     answer_all(questions, system, tmp_path / "predictions.jsonl", {}, 100, Ranks(0, 1, 0))
     assert max(sizes) <= 3 * longest
     assert len(sizes) > 1  # of 100 questions at a time
+
+
+def test_answers_that_are_removed_while_others_are_made_are_one_line(checkpoint, store_path, tmp_path):
+    model, tokenizer = load_model(checkpoint)
+    questions = load_questions(str(store_path), tokenizer, model.config)
+    path = tmp_path / "scores" / "predictions.jsonl"
+
+    def system(rows):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        return [{"with_context": ("answer", 0.0)} for _ in rows]
+
+    with pytest.raises(
+        EnvironmentFault, match=f"^{len(questions)} of {len(questions)} answers in .* are gone"
+    ):
+        answer_all(questions, system, path, {}, 4, Ranks(0, 1, 0))
 
 
 def test_an_altered_byte_of_a_partial_file_changes_no_answer(checkpoint, store_path, tmp_path):

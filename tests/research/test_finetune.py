@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,14 +111,16 @@ def test_prompts_that_share_their_context_learn_as_whole_ones_do(tokenizer, tmp_
 
 
 def test_shared_contexts_are_trained_on_until_the_minutes_are_over(
-    base_path, tokenizer, tmp_path, monkeypatch
+    base_path, tokenizer, tmp_path, monkeypatch, capsys
 ):
     ticks = itertools.count()
     monkeypatch.setattr("dssk.training.budget.time", SimpleNamespace(process_time=lambda: float(next(ticks))))
     settings = replace(
-        SETTINGS, method="lora", steps=1000, questions_per_context=2, batch_size=4, minutes=0.5
+        SETTINGS, method="lora", steps=1000, questions_per_context=2, batch_size=4, minutes=2.5
     )
     fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / "lora")
     facts = json.loads((tmp_path / "lora" / "settings.json").read_text())
-    assert 30 <= facts["cpu_seconds"] < 40
-    assert 8 <= facts["questions"] < 100
+    assert 150 <= facts["cpu_seconds"] < 160
+    assert 8 <= facts["questions"] < 500
+    told = re.findall(r"^lora  step \d+, (\d\.\d) of 2\.5 CPU minutes  loss", capsys.readouterr().out, re.M)
+    assert [minutes[0] for minutes in told] == ["1", "2", "2"]  # each minute, and at the end
