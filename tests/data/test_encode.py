@@ -169,8 +169,8 @@ def test_the_bytes_do_not_depend_on_who_encodes(tmp_path, preprocess, finished, 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_named_and_the_same_command_goes_on(tmp_path, preprocess, base_path):
-    source = write_jsonl(tmp_path / "rows.jsonl", rows(2000, questions=1))
-    flags = {"maximum_input_length": 256, "batch_size": 1, "shard_rows": 100, "num_proc": 2}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows(1000, questions=1))
+    flags = {"maximum_input_length": 256, "batch_size": 1, "shard_rows": 50, "num_proc": 2}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "dssk.data.preproc_nq", "--embedding_model", str(base_path), *words]
     command += ["--data_cache_path", str(tmp_path), "--dataset", str(source)]
@@ -213,7 +213,7 @@ def test_the_encoder_that_died_first_is_named_with_where_it_was():
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_too_and_is_one_line(tmp_path, base_path):
-    source = write_jsonl(tmp_path / "rows.jsonl", rows(4000, questions=1))
+    source = write_jsonl(tmp_path / "rows.jsonl", rows(2000, questions=1))
     flags = "--maximum_input_length 256 --batch_size 1 --shard_rows 100 --num_proc 2".split()
     command = [sys.executable, "-m", "dssk", "preproc", "--embedding_model", str(base_path), *flags]
     command += ["--data_cache_path", str(tmp_path), "--dataset", str(source)]
