@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +103,13 @@ def toolkit(checkout, tmp_path):
     for file in jobs.glob("*/pid"):
         if not (file.parent / "exit").exists():
             kill_session(int(file.read_text()))
+
+
+def wait_until(condition, seconds=500):  # a loaded machine starts three trainings in minutes
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
 
 
 def kill_session(session: int) -> None:

@@ -2,14 +2,13 @@
 
 import gzip
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from dssk.config import experiment_id
 from tests.conftest import encode_rows, experiment, question_rows
-from tests.jobs.conftest import TOOLKIT_JOB
+from tests.jobs.conftest import TOOLKIT_JOB, wait_until
 
 KEY = "c4n4ry0" * 6  # as long as a real one may be
 CRASH = """\
@@ -75,8 +74,7 @@ def test_a_key_is_found_nowhere_but_in_its_file(toolkit, tmp_path, base_path, mo
     del toolkit.environment["WANDB_API_KEY"]
     done = toolkit.bash(LAUNCH.format(savedir=savedir_base, data=store), WANDB_MODE="offline")
     savedir = savedir_base / experiment_id(exp_dict)
-    while not list(Path(toolkit.environment["FAKE_TOOLKIT"]).glob("*/exit")):
-        time.sleep(0.1)
+    wait_until(lambda: list(Path(toolkit.environment["FAKE_TOOLKIT"]).glob("*/exit")))
     watch.over.set()
     watch.join()
 

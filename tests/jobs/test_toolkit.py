@@ -1,14 +1,13 @@
 """The founding document's haven block, on a toolkit that keeps jobs in a folder and runs them with bash."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dssk.config import experiment_id
-from tests.jobs.conftest import TOOLKIT_JOB, kill_session
+from tests.jobs.conftest import TOOLKIT_JOB, kill_session, wait_until
 
 # The founding document's, with names, paths and numbers changed, and W&B left out.
 LAUNCH = """
@@ -34,13 +33,6 @@ python trainval.py \\
 --python_binary "${{LAUNCH_CMD}}" \\
 --j toolkit
 """
-
-
-def wait_until(condition, seconds=500):  # a loaded machine starts three trainings in minutes
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
 
 
 def kill_at_first_checkpoint(savedir: Path, jobs: Path) -> None:
