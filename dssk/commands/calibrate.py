@@ -142,10 +142,11 @@ def say(score: "LayerScore") -> None:
 def summary(found: "Scan", output: Path) -> str:
     """The result, in one paragraph."""
     layers = " and ".join(map(str, found.best.layers))
-    gained = (found.unread_nll - found.best.nll) / max(found.unread_nll - found.prompted_nll, 1e-6)
+    read, prompted = (found.unread_nll - nll for nll in (found.best.nll, found.prompted_nll))
+    gained = f"{read / prompted:.0%} of the way" if prompted > 0 else "this base makes nothing of a context"
     return (
         f"wrote {output}: reads the states of layer {layers}. Held-out text has {found.best.nll:.3f} nats a token read "
-        f"from them, {found.prompted_nll:.3f} in the prompt and {found.unread_nll:.3f} unread: {gained:.0%} of the way."
+        f"from them, {found.prompted_nll:.3f} in the prompt and {found.unread_nll:.3f} unread: {gained}."
     )
 
 

@@ -24,7 +24,14 @@ from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, rounded
 from dssk.models.closed_form import FIRST_TOKEN_WEIGHT, NormalEquations
 from dssk.models.layers import LAST, encode_states, find_layers, layer_inputs
-from dssk.models.merged import MergedContext, MergedReader, arguments, find_projections, normalized
+from dssk.models.merged import (
+    MergedContext,
+    MergedReader,
+    arguments,
+    find_projections,
+    normalized,
+    read_context,
+)
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096  # of texts that go through the base together
 SCAN_TOKENS = 8_000  # that the maps of each layer are fitted on to compare them
@@ -164,7 +171,7 @@ def scan(
         for candidate in group:
             reader = reader_for(base, candidate, rank)
             explained = load_maps(reader, sums.pop(candidate))
-            contexts = (reader(base.base_model, states[candidate][None]) for states in encoded)
+            contexts = (read_context(reader, base.base_model, states[candidate][None]) for states in encoded)
             score = LayerScore(candidate, continuation_nll(base, contexts, rests), explained)
             report(score)
             scores.append(score)

@@ -187,7 +187,8 @@ def encode_states(
             found[num_layers] = backbone(input_ids, use_cache=False, **given).last_hidden_state
     else:
         found[num_layers] = backbone(input_ids, use_cache=False, **given).last_hidden_state
-    states = torch.cat([found[layer] for layer in wanted], dim=-1)
+    # Layers may be on other devices.
+    states = torch.cat([found[layer].to(input_ids.device) for layer in wanted], dim=-1)
     if order is not None:
         states = states.gather(1, order.argsort(dim=-1)[..., None].expand_as(states))
     return states, mask

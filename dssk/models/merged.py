@@ -99,7 +99,7 @@ class MappedProjection(Mixed):
             return super().forward(hidden_states, *args, **kwargs)
         if self.merged_query:
             return hidden_states.new_zeros(*hidden_states.shape[:-1], self.merged_rows)
-        return capture.outputs[self.merged_slot].to(hidden_states.dtype)
+        return capture.outputs[self.merged_slot].to(hidden_states)
 
 
 class CapturedLayer(Mixed):
@@ -116,9 +116,9 @@ class CapturedLayer(Mixed):
             return output
         if self.merged_index in capture.replayed[:1]:
             if args:
-                args = (capture.states, *args[1:])
+                args = (capture.states.to(args[0]), *args[1:])
             else:
-                kwargs["hidden_states"] = capture.states
+                kwargs["hidden_states"] = capture.states.to(kwargs["hidden_states"])
         if capture.runs_whole(self.merged_index):
             return super().forward(*args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -176,7 +176,7 @@ class MergedContext:
     def packed(self) -> "MergedContext":
         """The same contexts one behind the other, without padding: one row of all their tokens."""
         keys, values = (
-            tuple(t.transpose(1, 2)[self.mask][None].transpose(1, 2) for t in tensors)
+            tuple(t.transpose(1, 2)[self.mask.to(t.device)][None].transpose(1, 2) for t in tensors)
             for tensors in (self.keys, self.values)
         )
         return MergedContext(keys, values, self.mask[self.mask][None], self.lengths.sum()[None])
@@ -283,35 +283,9 @@ class MergedReader(nn.Module):
         states = (normalized(states.to(self.up.weight.dtype), self.num_states) - self.shift) * self.scale
         return self.up(states if self.down is None else self.down(states))
 
-    def forward(
-        self,
-        backbone: nn.Module,
-        states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        hidden: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> MergedContext:
-        """Keys and values of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
-
-        Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but no text sees them.
-        With `positions` (C, S) all tokens are visible and stand where these say. No layer is replayed then: contexts in
-        one row would see each other.
-        """
-        if positions is not None and self.replayed:
-            raise ValueError("layers cannot be run again on several contexts in one row: want a row for each")
-        if mask is None:
-            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        order = mask.long().argsort(dim=-1, stable=True)  # padding first, then the tokens in their order
-        lengths = mask.sum(-1)
-        visible = mask if hidden is None else mask & ~hidden
-        ordered = states.gather(1, order[..., None].expand_as(states))
-        count = states.shape[1]
-        if positions is None:
-            positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
-        outputs = self._outputs(self.maps(ordered))
-        kept = self._capture(backbone, outputs, positions, ordered, mask.gather(1, order))
-        keys, values = zip(*kept, strict=True)
-        return MergedContext(keys, values, visible.gather(1, order), lengths)
+    def forward(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs (C, S, whole) of each mapped projection for states (C, S, num_states x d) as they are stored."""
+        return self._outputs(self.maps(states))
 
     def _outputs(self, mapped: torch.Tensor) -> list[torch.Tensor]:
         """The outputs (C, S, whole) of each projection, zero in rows that are not mapped."""
@@ -326,7 +300,7 @@ class MergedReader(nn.Module):
             outputs.append(part)
         return outputs
 
-    def _capture(
+    def capture(
         self,
         backbone: nn.Module,
         outputs: list[torch.Tensor],
@@ -371,7 +345,7 @@ class MergedReader(nn.Module):
             ]
             positions = torch.arange(2, device=device)[None]
             states = torch.zeros(1, 2, len(self.shift), device=device)
-            kept = self._capture(backbone, outputs, positions, states, torch.ones_like(positions))
+            kept = self.capture(backbone, outputs, positions, states, torch.ones_like(positions))
             flat = torch.cat([tensor.float().flatten() for pair in kept for tensor in pair])
             gradients = torch.autograd.grad(
                 flat @ torch.randn(len(flat), generator=generator).to(device), outputs
@@ -384,6 +358,39 @@ class MergedReader(nn.Module):
                     f"expected {width}: the merged reader cannot be used with it"
                 )
         self.rows.copy_(torch.cat(found))
+
+
+def read_context(
+    reader: MergedReader,
+    backbone: nn.Module,
+    states: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> MergedContext:
+    """Keys and values of contexts (C, S, num_states x d); `mask` (C, S) boolean, True = a token.
+
+    Padding may stand on either side. Tokens that `hidden` (C, S) names keep their positions, but no text sees them.
+    With `positions` (C, S) all tokens are visible and stand where these say. No layer is replayed then: contexts in
+    one row would see each other.
+
+    A function, and not what the reader does when it is called: sharding and offloading wrap that call, and would move
+    or gather the whole backbone with the reader.
+    """
+    if positions is not None and reader.replayed:
+        raise ValueError("layers cannot be run again on several contexts in one row: want a row for each")
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    order = mask.long().argsort(dim=-1, stable=True)  # padding first, then the tokens in their order
+    lengths = mask.sum(-1)
+    visible = mask if hidden is None else mask & ~hidden
+    ordered = states.gather(1, order[..., None].expand_as(states))
+    count = states.shape[1]
+    if positions is None:
+        positions = (torch.arange(count, device=mask.device) - count + lengths[:, None]).clamp(min=0)
+    kept = reader.capture(backbone, reader(ordered), positions, ordered, mask.gather(1, order))
+    keys, values = zip(*kept, strict=True)
+    return MergedContext(keys, values, visible.gather(1, order), lengths)
 
 
 def normalized(states: torch.Tensor, num_states: int = 1) -> torch.Tensor:

@@ -33,7 +33,14 @@ from dssk.models.cross_attention import (
 from dssk.models.decoder_lora import Adapter, place_adapters
 from dssk.models.layers import encode_states, extend, find_layers
 from dssk.models.loss import SoftTargets, next_token_loss, shifted
-from dssk.models.merged import ContextCache, MergedContext, MergedLinear, MergedReader, arguments
+from dssk.models.merged import (
+    ContextCache,
+    MergedContext,
+    MergedLinear,
+    MergedReader,
+    arguments,
+    read_context,
+)
 from dssk.models.packing import Packing
 from dssk.models.reading import (
     Attentions,
@@ -204,7 +211,7 @@ class CrossAttnPreTrainedModel(_Base):
         """What a merged reader makes of states. Layers that it runs again are part of reading: their adapters act."""
         blocks = self.cross_attn_blocks
         now = Reading(blocks, None, self.decoder_adapters) if self.config.reader_replay else None
-        return reading.during(now, blocks[0], self.base_model, *args, **kwargs)
+        return reading.during(now, read_context, blocks[0], self.base_model, *args, **kwargs)
 
     @torch.no_grad()
     def encode(

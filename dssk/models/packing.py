@@ -80,5 +80,5 @@ def groups_of(several: Sequence[Sequence[int]]) -> torch.Tensor:
 def picked_tokens(tensor: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(B, K, L, D) of keys or values (1, K, N, D): in each row the tokens (B, L) that it names."""
     by_token = tensor.squeeze(0).transpose(0, 1)  # (N, K, D), as projections leave them in memory
-    picked = by_token.index_select(0, tokens.flatten())
+    picked = by_token.index_select(0, tokens.flatten().to(tensor.device))
     return picked.view(*tokens.shape, *by_token.shape[1:]).transpose(1, 2)

@@ -1,6 +1,7 @@
 """`dssk calibrate` and `dssk restore`, from text to a plain model that goes on from the file."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache, GPTBigCodeForCausalLM
 
 from dssk.commands import calibrate, restore
 from dssk.errors import DsskError
+from dssk.inference.calibrate import LayerScore, Scan
 from dssk.inference.loading import load_model
 from dssk.inference.tokenizer import tokenize_context
 
@@ -95,3 +97,19 @@ def test_what_cannot_be_is_refused_in_one_line(base_path, texts, calibrated, tmp
     with pytest.raises(DsskError, match="go together"):
         restore.main(["--checkpoint", str(calibrated), "--library", str(tmp_path), "--output", "x"])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("nlls", "said"),
+    [
+        (
+            (3.2, 3.0, 4.0),
+            "3.200 nats a token read from them, 3.000 in the prompt and 4.000 unread: 80% of the way.",
+        ),
+        ((5.81, 5.82, 5.80), "this base makes nothing of a context."),
+    ],
+)
+def test_the_way_is_named_only_where_the_prompt_goes_one(nlls, said):
+    best = LayerScore((2,), nlls[0], 0.8)
+    found = Scan([best], prompted_nll=nlls[1], unread_nll=nlls[2], tokens=100, best=best, reader=None)
+    assert calibrate.summary(found, Path("calibrated")).endswith(said)

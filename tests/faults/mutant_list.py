@@ -174,7 +174,7 @@ MUTANTS = [
        "inference/test_generation.py -k greedy"),
     _M(MODELS + "merged.py", "given[\"attention_mask\"] = tokens.long()", "pass",
        "models/test_merged.py -k 'replayed and llama'"),
-    _M(MODELS + "merged.py", "(capture.states, *args[1:])", "(args[0], *args[1:])",
+    _M(MODELS + "merged.py", "(capture.states.to(args[0]), *args[1:])", "(args[0], *args[1:])",
        "models/test_merged.py -k 'replayed and llama'"),
     _M(MODELS + "modeling.py", "if self.config.reader_replay:  # layers", "if False:  # layers",
        "models/test_packing.py -k alone"),

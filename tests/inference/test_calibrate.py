@@ -17,7 +17,7 @@ from dssk.inference.calibrate import (
     reader_for,
     scan,
 )
-from dssk.models.merged import arguments
+from dssk.models.merged import arguments, read_context
 from tests.models.test_merged import ids, make_model
 
 FAMILIES = ["llama", "gpt_neox"]
@@ -60,7 +60,7 @@ def test_a_scan_names_its_best_layer_and_keeps_its_maps(family):
         encode(model, text[:-64], [found.best.layers], "bf16")[found.best.layers] for text in documents[26:]
     ]
     with torch.no_grad():
-        contexts = [found.reader(model.base_model, s[None]) for s in states]
+        contexts = [read_context(found.reader, model.base_model, s[None]) for s in states]
     again = continuation_nll(model, contexts, [text[-64:] for text in documents[26:]])
     assert again == pytest.approx(found.best.nll)
 
@@ -75,7 +75,7 @@ def test_maps_in_closed_form_come_closer_to_the_prompt_than_reading_nothing(fami
     errors = {"read": 0.0, "unread": 0.0}
     for document in documents[28:]:
         before, rest = document[:64], torch.tensor([document[64:]])
-        context = reader(model.base_model, encode(model, before, [(2,)], "bf16")[(2,)][None])
+        context = read_context(reader, model.base_model, encode(model, before, [(2,)], "bf16")[(2,)][None])
         want = model(torch.tensor([document])).logits[:, 64:]
         errors["read"] += (
             (model(rest, **arguments(model, context, None, 1, 64)).logits - want).square().mean().item()

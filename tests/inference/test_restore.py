@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.restore import load_cache, save_cache
-from dssk.models.merged import MergedReader, arguments
+from dssk.models.merged import MergedReader, arguments, read_context
 from tests.models.test_merged import S, T, ids, make_model, mask_of
 
 
@@ -15,7 +15,7 @@ def make_context(model):
     torch.manual_seed(1)
     reader = MergedReader(model.base_model)
     with torch.no_grad():
-        return reader(model.base_model, torch.randn(2, S, 64), mask_of([S, 4]))
+        return read_context(reader, model.base_model, torch.randn(2, S, 64), mask_of([S, 4]))
 
 
 @torch.no_grad()

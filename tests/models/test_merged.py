@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dssk.models.layers import encode_states, find_layers
-from dssk.models.merged import MergedReader, arguments, find_projections
+from dssk.models.merged import MergedReader, arguments, find_projections, read_context
 from dssk.models.packing import Packing, groups_of
 from tests.families import tiny_config
 
@@ -86,7 +86,7 @@ def test_exact_keys_and_values_are_the_prompt(model, left):
     reader = exact_reader(model)
     contexts, text = ids(2, S), ids(2, T, seed=1)
     states = stored(model, reader, contexts, LENGTHS, left)
-    context = reader(model.base_model, states, mask_of(LENGTHS, left))
+    context = read_context(reader, model.base_model, states, mask_of(LENGTHS, left))
     logits = model(text, **arguments(model, context, None, len(text), T)).logits
     for row, length in enumerate(LENGTHS):
         want = prompted_logits(model, contexts[row, :length], text[row])
@@ -105,7 +105,7 @@ def test_replayed_layers_are_the_prompts(model, left, replayed):
     given = torch.zeros_like(states)
     for row, length in enumerate(LENGTHS):
         given[row, mask[row]] = states[row, :length]
-    context = reader(model.base_model, torch.cat([outputs, given], -1), mask)
+    context = read_context(reader, model.base_model, torch.cat([outputs, given], -1), mask)
     logits = model(text, **arguments(model, context, None, len(text), T)).logits
     for row, length in enumerate(LENGTHS):
         want = prompted_logits(model, contexts[row, :length], text[row])
@@ -119,7 +119,9 @@ def test_readers_of_one_base_may_replay_different_layers():
     reader = exact_reader(model)
     states = stored(model, reader, contexts, [S])
     exact_reader(model, range(1, 3))
-    logits = model(text, **arguments(model, reader(model.base_model, states), None, 1, T)).logits
+    logits = model(
+        text, **arguments(model, read_context(reader, model.base_model, states), None, 1, T)
+    ).logits
     torch.testing.assert_close(logits[0], prompted_logits(model, contexts[0], text[0]), atol=2e-4, rtol=2e-4)
 
 
@@ -129,7 +131,9 @@ def test_left_padded_texts_continue_where_their_context_ends():
         model = make_model(family, sliding_window=64)
         reader = exact_reader(model)
         contexts, text = ids(2, S), ids(2, T, seed=1)
-        context = reader(model.base_model, stored(model, reader, contexts, LENGTHS), mask_of(LENGTHS))
+        context = read_context(
+            reader, model.base_model, stored(model, reader, contexts, LENGTHS), mask_of(LENGTHS)
+        )
         kept = [T, 3]
         padded = mask_of(kept, left=True)
         logits = model(text, **arguments(model, context, padded, 2, T)).logits
@@ -142,7 +146,7 @@ def test_left_padded_texts_continue_where_their_context_ends():
 def test_generation_from_a_cache_is_generation_from_the_prompt(model):
     reader = exact_reader(model)
     contexts, text = ids(2, S), ids(4, T, seed=1)
-    context = reader(model.base_model, stored(model, reader, contexts, [S, S]), None)
+    context = read_context(reader, model.base_model, stored(model, reader, contexts, [S, S]), None)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     whole = torch.cat([contexts.repeat_interleave(2, 0), text], 1)
     for beams in (1, 2):
@@ -167,7 +171,7 @@ def test_gradients_reach_the_maps_alone(model):
     reader.find_rows(model.base_model)
     model.activation_checkpointing_enable()  # must not take the cache of a capture away
     model.train()
-    context = reader(model.base_model, torch.randn(2, S, 64), mask_of(LENGTHS))
+    context = read_context(reader, model.base_model, torch.randn(2, S, 64), mask_of(LENGTHS))
     model.eval()
     model(ids(2, T), **arguments(model, context, None, 2, T)).logits.logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in reader.parameters())
@@ -185,7 +189,7 @@ def test_hidden_tokens_are_not_read_and_keep_their_positions():
     other = states.clone()
     other[0, 2] = 5.0
     logits = [
-        model(text, **arguments(model, reader(model.base_model, s, None, h), None, 1, T)).logits
+        model(text, **arguments(model, read_context(reader, model.base_model, s, None, h), None, 1, T)).logits
         for s, h in ((states, hidden), (other, hidden), (states, None))
     ]
     torch.testing.assert_close(logits[0], logits[1])
@@ -201,13 +205,13 @@ def test_contexts_that_are_read_together_keep_their_own_positions():
 
     def read(order: list[int]) -> torch.Tensor:
         packing = Packing(torch.tensor(lengths), groups_of([order, [2]]))
-        whole = reader(model.base_model, states, positions=packing.positions()[None])
+        whole = read_context(reader, model.base_model, states, positions=packing.positions()[None])
         joint = whole.gathered(*packing.tokens_of_rows(), packing.row_lengths().amax(1))
         assert joint.lengths.tolist() == [7, 6]
         return model(text, **arguments(model, joint, None, 2, T)).logits
 
     logits = read([0, 1])
-    alone = reader(model.base_model, states[:, 11:])
+    alone = read_context(reader, model.base_model, states[:, 11:])
     torch.testing.assert_close(logits[1:], model(text[1:], **arguments(model, alone, None, 1, T)).logits)
     # The order of the two makes no difference: each has its own positions.
     torch.testing.assert_close(logits, read([1, 0]), atol=1e-4, rtol=1e-4)
@@ -220,7 +224,7 @@ def test_weights_survive_saving_and_a_low_rank_is_smaller(model):
     other.load_state_dict(reader.state_dict())
     states = torch.randn(2, S, 128)
     with torch.no_grad():
-        one, two = (r(model.base_model, states, mask_of(LENGTHS)) for r in (reader, other))
+        one, two = (read_context(r, model.base_model, states, mask_of(LENGTHS)) for r in (reader, other))
     assert all(torch.equal(a, b) for a, b in zip(one.keys + one.values, two.keys + two.values, strict=True))
     assert sum(p.numel() for p in reader.parameters()) < sum(
         p.numel() for p in MergedReader(model.base_model).parameters()
@@ -234,7 +238,7 @@ def test_a_family_without_keys_and_values_is_refused():
 
 def test_rows_that_do_not_fit_the_contexts_are_refused():
     model = make_model("llama")
-    context = MergedReader(model.base_model)(model.base_model, torch.randn(2, S, 64))
+    context = read_context(MergedReader(model.base_model), model.base_model, torch.randn(2, S, 64))
     with pytest.raises(ValueError, match="3 decoder rows cannot share 2 contexts"):
         context.cache(model.config, 3)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dssk
-from dssk.models.merged import MergedContext
+from dssk.models.merged import MergedContext, read_context
 from dssk.models.weights import is_cross_attn
 from tests.families import VOCAB_SIZE, tiny_base
 
@@ -164,7 +164,9 @@ def test_contexts_that_lie_in_one_row_are_not_run_again(family):
     model = fused(family[1], encode_layer=1, reader_replay=1)
     reader = model.cross_attn_blocks[0]
     with pytest.raises(ValueError, match="want a row for each"):
-        reader(model.base_model, torch.randn(1, 5, 64), positions=torch.tensor([[0, 1, 0, 1, 2]]))
+        read_context(
+            reader, model.base_model, torch.randn(1, 5, 64), positions=torch.tensor([[0, 1, 0, 1, 2]])
+        )
 
 
 def test_encoding_stops_at_its_layer(family):

@@ -151,7 +151,7 @@ def test_training_reads_each_context_once_for_its_questions(run, monkeypatch):
     seen = []
     project = MergedReader.forward
     monkeypatch.setattr(
-        MergedReader, "forward", lambda *args, **kw: seen.append(len(args[2])) or project(*args, **kw)
+        MergedReader, "forward", lambda *args, **kw: seen.append(len(args[1])) or project(*args, **kw)
     )
     run(
         "--steps", "2", "--generation_eval_samples", "0", questions_per_context=2, cross_attn_dropout_prob=0.0
