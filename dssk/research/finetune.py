@@ -60,7 +60,6 @@ class FineTuning:
     questions_per_context: int = 1  # prompts of a step that share their context, which is then read once
     minutes: float | None = None  # CPU minutes after which training ends, with the learning rate come down
     bf16: bool = False  # LoRA in mixed precision: the frozen base in bfloat16
-    attn_implementation: str | None = None  # None: transformers' choice
 
 
 def fine_tuned(
@@ -97,8 +96,9 @@ def _train(
     )
     set_seed(settings.seed)
     dtype = torch.bfloat16 if settings.bf16 and settings.method == "lora" else torch.float32
-    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
-    model = load_base(base_path, revision, **how).requires_grad_(True)
+    # Never attention that is written out, whatever the experiment has: prompts are long, and its memory grows with
+    # their square (21 GB at 16 prompts of some hundred tokens).
+    model = load_base(base_path, revision, dtype=dtype).requires_grad_(True)
     positions = window(model.config)
     if settings.method == "lora":
         rank = settings.lora_rank

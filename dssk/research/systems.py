@@ -130,7 +130,6 @@ class Systems:
             questions_per_context=experiment.get("questions_per_context", 1),
             minutes=wanted.minutes,
             bf16=experiment.get("bf16", False),
-            attn_implementation=experiment.get("attn_implementation"),
         )
 
     @cached_property

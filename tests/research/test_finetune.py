@@ -88,9 +88,9 @@ def test_adapters_train_in_fp32_on_a_base_in_bfloat16(base_path, tokenizer, tmp_
         return step(self, model, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", looked_at)
-    settings = replace(SETTINGS, method="lora", bf16=True, attn_implementation="eager")
+    settings = replace(SETTINGS, method="lora", bf16=True)
     model, _ = fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / "lora")
-    assert seen == {(True, torch.float32), (False, torch.bfloat16), "eager"}
+    assert seen == {(True, torch.float32), (False, torch.bfloat16), "sdpa"}
     assert model.dtype == torch.float32
 
 
