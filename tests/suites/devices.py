@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +115,29 @@ def run(command: Any, *argv: object) -> None:
     command.main([*map(str, argv)])
 
 
-def use_elsewhere() -> None:
-    """Let commands find the device, as they find a GPU."""
-    found: Callable = lambda index=0: ELSEWHERE  # noqa: E731
-    loading.device = scoring.device = found
+def use_elsewhere() -> list[int]:
+    """Let commands find the device, as they find a GPU; returns the list of what they will have asked for."""
+    asked: list[int] = []
+
+    def device(index: int = 0) -> torch.device:
+        asked.append(index)
+        return ELSEWHERE
+
+    loading.device = scoring.device = device
     TrainingArguments.device = property(lambda self: ELSEWHERE)
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(ELSEWHERE)
     on_cpu = torch.Generator
     torch.Generator = lambda device="cpu": on_cpu()  # type: ignore[misc,assignment]
+    return asked
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_models(Path(folder))
-        use_elsewhere()
+        asked = use_elsewhere()
         with pretending():
             check_commands(Path(folder))
+        assert asked == [0, 0, 0], asked  # preprocessing, evaluation, calibration; training has its own way
 
 
 if __name__ == "__main__":
