@@ -70,7 +70,7 @@ real: install
 		--data_path $(REAL)/train/processed_data/base -sb $(REAL)/runs --steps 1_000_000 --minutes $(MINUTES) \
 		--log_every 50 --generation_eval_samples 16
 	$(BIN)/dssk compare --checkpoint $(REAL)/runs --data_path $(REAL)/train/processed_data/base \
-		--systems cross_attention,prompted_examples --controls with_context,no_context,wrong_context \
+		--systems merged,prompted_examples --controls with_context,no_context,wrong_context \
 		--eval xquad=$(REAL)/xquad/processed_data/base --eval nq_swap=$(REAL)/nq_swap/processed_data/base \
 		--medium_cost false --output $(REAL)/compare
 	$(BIN)/dssk report $(REAL)/runs --compare $(REAL)/compare --data xquad --output $(REAL)/report.html

@@ -90,7 +90,8 @@ def real_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     # A passage of both files is one of the questions'.
     data = ["--dataset", args.passages, "--val_dataset", args.questions]
     dssk("preproc", *model, *data, "--data_cache_path", folder)
-    how = ["--systems", args.systems, "--controls", "with_context", "--medium_cost", "false"]
+    systems = args.systems or f"{config.reader},prompted"
+    how = ["--systems", systems, "--controls", "with_context", "--medium_cost", "false"]
     how += ["--max_questions", args.max_questions] if args.max_questions else []
     several = ["--num_contexts", args.num_contexts or "1,5,20,50", "--distractors", "document"]
     where = ["--data_path", folder / "processed_data" / Path(base).name, "--output", folder / "compare"]
@@ -127,7 +128,7 @@ def main() -> None:
     real.add_argument("--checkpoint", type=path, help="checkpoint, run's folder or fused model")
     real.add_argument("--questions", type=path, help="file of the questions that are asked")
     real.add_argument("--passages", type=path, help="file with the other passages of their articles")
-    real.add_argument("--systems", default="cross_attention,prompted", help="as dssk compare has them")
+    real.add_argument("--systems", help="as dssk compare has them (its reader and prompted)")
     real.add_argument("--max_questions", type=int, help="ask this many, spread over the file (all)")
     args = parser.parse_args()
     if args.checkpoint:

@@ -1,8 +1,9 @@
 """Compare cached contexts with the alternatives on the same base: prompting and fine-tuning.
 
-Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
-context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or in full (`full_prompted`). `prompted_examples` (two-shot prompts) is compared if it is named.
+Systems: the fused model, by the name of its reader (`cross_attention` or `merged`); its base with the context in the
+prompt (`prompted`) and with the context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on
+such prompts with LoRA (`lora_prompted`) or in full (`full_prompted`). `prompted_examples` (two-shot prompts) is
+compared if it is named.
 The fused model is also scored under controls, and two heuristics need no model. With --num_contexts, prompts hold the
 contexts in order and shuffled; if the base's window is too short for all, they hold the question's own and as many
 others as fit. Finished results are kept: the same command continues where it was stopped.
@@ -38,7 +39,11 @@ def build_parser() -> Parser:
     add_checkpoint(parser)
     add("--data_path", required=True, metavar="DIR", help="store to train on (train) and to score on (val)")
     add("--output", default="runs/compare", metavar="DIR", help="folder to write")
-    add("--systems", default=",".join(SYSTEMS), metavar="NAME,...", help="systems to compare")
+    add(
+        "--systems",
+        metavar="NAME,...",
+        help=f"systems to compare (default: the checkpoint's reader,{','.join(SYSTEMS)})",
+    )
     add(
         "--eval",
         action="append",

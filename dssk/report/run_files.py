@@ -22,6 +22,7 @@ from dssk.run_folder import (
     read_rows,
     read_scores,
 )
+from dssk.utils.defaults import READERS
 from dssk.utils.json_files import read_json
 
 
@@ -156,7 +157,8 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
     run.together = [row for row in table if "num_contexts" in row and row.get("data") == (data or first)]
     if sets and (data is not None or not run.scores):
         run.data = data or sets[0]
-        label = f"{run.data}-cross_attention"
+        names = [row.get("system") for row in run.table]
+        label = f"{run.data}-{next((name for name in READERS if name in names), READERS[0])}"
         file = compared / f"scores-{label}.json"
         scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
         run.scores = _shown(checked_scores(scores, file), file)

@@ -1,8 +1,8 @@
 """Comparing cached contexts with prompting and fine-tuning on the same base.
 
-Systems: the fused model (`cross_attention`); its base with the context in the prompt (`prompted`) and with the
-context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on such prompts with LoRA
-(`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two-shot prompts.
+Systems: the fused model, by the name of its reader (`cross_attention` or `merged`); its base with the context in the
+prompt (`prompted`) and with the context's KV cache read from disk (`prompted_prefix_cache`); the base fine-tuned on
+such prompts with LoRA (`lora_prompted`) or whole (`full_prompted`); `prompted_examples` has two-shot prompts.
 The fused model is also scored under controls, two heuristics need no model, and if numbers of contexts are given,
 questions read several at a time. Finished results are kept: the same command continues where it was stopped.
 """
@@ -36,11 +36,11 @@ Row = dict[str, Any]
 
 def compare(wanted: Comparison) -> list[Row]:
     """Answer with every system, measure what answering costs, and write the table."""
-    names = system_list(wanted.systems)
     numbers = by_number.parse_numbers(wanted.num_contexts) if wanted.num_contexts else []
-    together = several.systems_of(names) if numbers else []
-    files.make_folder(Path(wanted.output))
     systems = Systems(wanted)
+    names = system_list(wanted.systems, systems.reader)
+    together = several.systems_of(names, systems.reader) if numbers else []
+    files.make_folder(systems.output)
     sets = question_sets(systems)
     for questions in sets.values() if numbers else ():
         # A source that the data do not have is refused before anything is answered.
@@ -144,7 +144,7 @@ def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet
     with tempfile.TemporaryDirectory(dir=systems.output) as folder:
         for name in names:
             model = systems.model(name)
-            if name == "cross_attention":
+            if name == systems.reader:
                 timed[name] = cost.cross_attending(systems.fused, chosen, Path(folder) / "states")
                 num_bytes[name] = questions.bytes_per_context_token
             elif name == "prompted_prefix_cache":
@@ -202,10 +202,10 @@ def _cell(row: Row, key: str, style: str) -> str:
     return "" if row.get(key) is None else format(row[key], style)
 
 
-def system_list(text: str) -> list[str]:
-    """Parse the names of systems, divided by commas."""
-    known = (*SYSTEMS, *FURTHER_SYSTEMS)
-    names = [name.strip() for name in text.split(",")]
+def system_list(text: str | None, reader: str) -> list[str]:
+    """Parse the names of systems, divided by commas; the checkpoint goes by the name of its reader."""
+    known = (reader, *SYSTEMS, *FURTHER_SYSTEMS)
+    names = [reader, *SYSTEMS] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise DsskError(f"no system {name!r}{nearest(name, known)}: want some of {','.join(known)}")

@@ -26,19 +26,19 @@ from dssk.research.systems import SHUFFLED, Systems
 from dssk.utils import files
 from dssk.utils.json_files import read_json
 
-READS, PROMPTS = "cross_attention", ("prompted", "prompted_examples")
+PROMPTS = ("prompted", "prompted_examples")
 
 Row = dict[str, Any]
 Timed = tuple[cost.Generate[int], int]  # what answers a row, and the bytes that its contexts take on average
 
 
-def systems_of(names: Sequence[str]) -> list[str]:
+def systems_of(names: Sequence[str], reader: str) -> list[str]:
     """The systems that are compared by the number of contexts, of those that are compared at all."""
-    chosen = [name for name in names if name in (READS, *PROMPTS)]
+    chosen = [name for name in names if name in (reader, *PROMPTS)]
     if not chosen:
-        raise DsskError(f"--num_contexts: want some of {','.join((READS, *PROMPTS))} among --systems")
+        raise DsskError(f"--num_contexts: want some of {','.join((reader, *PROMPTS))} among --systems")
     return [
-        system for name in chosen for system in ([name] if name == READS else [name, f"{name}{SHUFFLED}"])
+        system for name in chosen for system in ([name] if name == reader else [name, f"{name}{SHUFFLED}"])
     ]
 
 
@@ -76,7 +76,8 @@ def _measure(systems: Systems, names: Sequence[str], questions: QuestionSet, num
     if not several:
         return {}
     timed = {
-        name: (_reading if name == READS else _prompting)(systems, name, questions, several) for name in names
+        name: (_reading if name == systems.reader else _prompting)(systems, name, questions, several)
+        for name in names
     }
     seconds = cost.measure({name: generate for name, (generate, _) in timed.items()}, list(several))
     return {name: {**seconds[name], "bytes": num_bytes} for name, (_, num_bytes) in timed.items()}

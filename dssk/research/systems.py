@@ -38,7 +38,7 @@ class Comparison:
     checkpoint: str
     data_path: str  # store: trains on its train split, scores on val
     output: str
-    systems: str  # with commas between
+    systems: str | None  # with commas between; None: all that need not be named
     controls: str  # of the fused model, with commas between
     eval: Sequence[str]  # NAME=STORE_OR_FILE
     max_questions: int | None  # of each set; None: all
@@ -66,6 +66,7 @@ class Systems:
         self.folder = find_model(wanted.checkpoint)
         self.fused, self.tokenizer = load_model(self.folder, device=device())
         self.config = self.fused.config
+        self.reader: str = self.config.reader  # the name of the checkpoint among the systems
         if not self.config.base_model_name_or_path:
             raise DsskError(
                 f"{self.folder} does not say what its base is: want a checkpoint made by trainval.py"
@@ -79,11 +80,11 @@ class Systems:
 
     def model(self, system: str) -> PreTrainedModel:
         """The model that answers for a system."""
-        return self.fused if system == "cross_attention" else self._get(system)[0]
+        return self.fused if system == self.reader else self._get(system)[0]
 
     def trained_parameters(self, system: str) -> int:
         """How many parameters were trained to make a system from the base."""
-        return self.fused.trainable_parameters()[0] if system == "cross_attention" else self._get(system)[1]
+        return self.fused.trainable_parameters()[0] if system == self.reader else self._get(system)[1]
 
     def _get(self, system: str) -> tuple[PreTrainedModel, int]:
         """A plain model and how many of its parameters were trained."""
@@ -155,7 +156,7 @@ class Systems:
             "max_new_tokens": self.wanted.max_new_tokens,
             "template_version": template_version(self.tokenizer),
         }
-        if system == "cross_attention":
+        if system == self.reader:
             settings["checkpoint"] = checkpoint_fingerprint(self.folder)
             if self.controls != list(CONTROLS) and not number:
                 settings["controls"] = self.controls
@@ -203,7 +204,7 @@ class Systems:
         new_tokens = self.wanted.max_new_tokens
         if system in HEURISTICS:
             return HeuristicSystem(system.removeprefix("heuristic/"), questions)
-        if system == "cross_attention":
+        if system == self.reader:
             controls = by_number.names([number]) if number else self.controls
             distractors = self.distractors(questions) if number else None
             return CrossAttentionSystem(

@@ -3,9 +3,14 @@ import json
 import pytest
 
 from dssk.errors import DsskError
+from dssk.inference.tokenizer import load_tokenizer
+from dssk.report.run_files import read_run
 from dssk.research import compare
-from dssk.research.compare import SYSTEMS, system_list
-from tests.conftest import question_rows
+from dssk.research.compare import system_list
+from dssk.utils import files
+from tests.conftest import fused, question_rows
+
+SYSTEMS = ["cross_attention", *compare.SYSTEMS]  # with the checkpoint's reader
 
 COLUMNS = {
     *("system", "data", "n", "em", "em_low", "em_high", "f1", "f1_low", "f1_high", "rouge_l", "span_em"),
@@ -79,10 +84,26 @@ def test_contexts_that_are_cut_are_counted(run_compare, tmp_path, capsys):
 
 def test_mistakes_are_named(run_compare):
     with pytest.raises(DsskError, match="'lora_promted', did you mean lora_prompted"):
-        system_list("lora_promted")
+        system_list("lora_promted", "merged")
+    with pytest.raises(DsskError, match="'cross_attention': want some of merged,prompted,"):
+        system_list("cross_attention", "merged")
     for entry in ("nothing", "val=x", "a/b=x"):
         with pytest.raises(DsskError, match="want name=STORE_OR_FILE"):
             run_compare("--eval", entry)
+
+
+def test_a_checkpoint_goes_by_the_name_of_its_reader(run_compare, base_path, tmp_path):
+    folder = tmp_path / "merged"
+    fused(base_path, reader="merged", encode_layer="last").save_pretrained(folder)
+    load_tokenizer(base_path).save_pretrained(folder)
+    table = run_compare("--checkpoint", folder, "--systems", "prompted,merged", "--num_contexts", "2")
+    assert [row["system"] for row in table if "num_contexts" not in row][:3] == [
+        *("merged", "merged/no_context", "merged/wrong_context")
+    ]
+    assert [row["system"] for row in table if row.get("gold")] == ["merged", "prompted", "prompted_shuffled"]
+    assert table[0]["bytes_per_context_token"] == 64
+    files.write_json(tmp_path / "exp_dict.json", {})
+    assert read_run(tmp_path, tmp_path / "out").controls["with_context"]["f1"] == table[0]["f1"]
 
 
 def test_worked_examples_and_some_controls(run_compare, tmp_path):

@@ -170,8 +170,8 @@ def test_make_real_goes_the_whole_road_and_on_from_where_it_was(small, folder, t
     assert "CPU minutes" in said
     rows = json.loads((here / "compare" / "table.json").read_text())
     scored = {(r["data"], r["system"]): r["n"] for r in rows}
-    assert scored["xquad", "cross_attention"] == 4
-    assert scored["nq_swap", "cross_attention/wrong_context"] == 4
+    assert scored["xquad", "merged"] == 4
+    assert scored["nq_swap", "merged/wrong_context"] == 4
     assert scored["xquad", "prompted_examples"] == 4
     assert (here / "report.html").is_file()
     again = make(0.2, "base", "real", "preproc", "train")

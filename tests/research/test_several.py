@@ -121,11 +121,12 @@ def test_a_merged_reader_is_compared_on_raw_questions(run_compare, base_path, tm
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in question_rows(12)))
     flags = ("--checkpoint", tmp_path / "merged", "--data_path", file)
-    rows = by_place(run_compare(*FEW, *flags, "--num_contexts", "1,3", "--max_questions", 3))
+    few = ("--systems", "merged,prompted", "--controls", "with_context")
+    rows = by_place(run_compare(*flags, *few, "--num_contexts", "1,3", "--max_questions", 3))
     for column in ("em", "f1", "answer_nll"):
-        one, alone = rows["cross_attention", 1, True], rows["cross_attention", None, None]
+        one, alone = rows["merged", 1, True], rows["merged", None, None]
         assert one[column] == pytest.approx(alone[column], abs=1e-3)
-    assert rows["cross_attention", 3, True]["bytes"] > 2.5 * rows["cross_attention", 1, True]["bytes"]
+    assert rows["merged", 3, True]["bytes"] > 2.5 * rows["merged", 1, True]["bytes"]
 
 
 def test_worked_examples_stand_before_several_contexts(run_compare, answered):
