@@ -117,18 +117,18 @@ def _paragraphs(path: Path) -> Iterator[str]:
     yield from (paragraph.strip() for paragraph in text.split("\n\n"))
 
 
-def to_candidates(encode_layer: Sequence[str], num_layers: int) -> "list[Layers]":
+def to_candidates(encode_layer: str, num_layers: int) -> "list[Layers]":
     """The layers to try: all of them for `auto`, else the one or two that are named."""
     from dssk.models.layers import named_layers
 
-    if list(encode_layer) == [AUTO]:
+    if encode_layer == AUTO:
         return [(layer,) for layer in range(1, num_layers + 1)]
-    if len(encode_layer) > 2 or AUTO in encode_layer:
-        raise DsskError(f"--encode_layer {' '.join(encode_layer)}: want {AUTO}, one layer, or two")
+    if encode_layer.count("+") > 1:
+        raise DsskError(f"--encode_layer {encode_layer}: want {AUTO}, one layer, or two, 10+18")
     try:
-        return [named_layers("+".join(encode_layer), num_layers)]
+        return [named_layers(encode_layer, num_layers)]
     except ValueError as error:
-        raise DsskError(f"--encode_layer: {error}") from error
+        raise DsskError(f"--encode_layer {encode_layer}: {error}") from error
 
 
 def say(score: "LayerScore") -> None:
@@ -166,10 +166,9 @@ def build_parser() -> Parser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the calibrated model")
     add(
         "--encode_layer",
-        nargs="+",
-        default=[AUTO],
+        default=AUTO,
         metavar="LAYER",
-        help="layer whose input is stored: auto (try all), last, a number, a share of the depth, or two layers",
+        help="layer whose input is stored: auto (try all), last, a number, a share of the depth, or two layers, 10+18",
     )
     add(
         "--tokens", type=positive_int, default=20_000, metavar="TOKENS", help="most tokens to fit the maps on"

@@ -88,7 +88,8 @@ def test_what_cannot_be_is_refused_in_one_line(base_path, texts, calibrated, tmp
     flags = ["--base", str(base_path), "--text", *texts, "--output", str(tmp_path / "new")]
     for more, message in (
         (["--encode_layer", "9"], "encode_layer is 9, want 'last', a layer from 1 to 4"),
-        (["--encode_layer", "1", "2", "3"], "want auto, one layer, or two"),
+        (["--encode_layer", "1+2+3"], "want auto, one layer, or two, 10"),
+        (["--encode_layer", "1+auto"], "encode_layer is .auto., want .last., a layer from 1 to 4"),
         (["--text", str(tmp_path / "none.txt")], "no such file"),
         (["--output", str(calibrated)], "is not empty"),
     ):
