@@ -1,7 +1,7 @@
 """Fine-tuning a base on prompts that hold their context, the alternative to cached contexts.
 
 transformers' Trainer on either all weights or LoRA's (peft); the result is kept in a folder and used again by a run
-with the same settings.
+with the same settings. One that was stopped goes on from its last checkpoint, in `<folder>.training`.
 """
 
 import shutil
@@ -19,28 +19,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
+from dssk.checkpoint import load_manifest, newest_checkpoint
 from dssk.data.collate import Collator
-from dssk.errors import Diverged
+from dssk.errors import DamagedData, Diverged, DsskError
 from dssk.evaluation.questions import Question
 from dssk.inference.loading import load_base, load_tuned, peft
 from dssk.inference.tokenizer import tokenize_answer
 from dssk.models.loss import IGNORED, next_token_loss, shifted
 from dssk.models.shapes import window
 from dssk.research.prompted import make_prompt
-from dssk.training.budget import BudgetTrainer, CpuBudget, StopAtBudget
+from dssk.training.budget import CpuBudget, StopAtBudget
+from dssk.training.resumable import ResumableTrainer, SaveEvery
 from dssk.training.sampler import EpochSampler
 from dssk.utils import files
 from dssk.utils.console import watched
 from dssk.utils.json_files import read_json
 
 SETTINGS_FILE = "settings.json"
+FACT = "fine_tuning"  # in a checkpoint's manifest
 LOGGED_SECONDS = 60  # between logs of a training that minutes end
+SAVED_SECONDS = 300  # between checkpoints
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,10 @@ def _train(
         _example(tokenizer, question, positions, settings.loss_on)
         for question in tqdm(questions, desc="prompts", disable=None)
     ]
-    trainer = _trainer(model, tokenizer, examples, settings, folder, budget)
-    loss = trainer.train().training_loss
+    unfinished = folder.with_name(f"{folder.name}.training")
+    checkpoint = _last_checkpoint(unfinished, settings)
+    trainer = _trainer(model, tokenizer, examples, settings, unfinished, budget)
+    loss = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).training_loss
     if not loss < float("inf"):
         raise Diverged(f"{settings.method}: the loss is {loss}: lower --learning_rate")
     partial = folder.with_name(f"{folder.name}.partial")
@@ -130,6 +135,22 @@ def _train(
     files.write_json(partial / SETTINGS_FILE, facts)
     files.remove(folder)
     partial.rename(folder)
+    files.remove(unfinished)
+
+
+def _last_checkpoint(folder: Path, settings: FineTuning) -> Path | None:
+    """Where a fine-tuning with these settings was stopped; checkpoints of others are removed."""
+    try:
+        checkpoint, _ = newest_checkpoint(folder)
+    except DamagedData:
+        raise DsskError(
+            f"no checkpoint in {folder} is whole: remove it to start this fine-tuning afresh"
+        ) from None
+    if checkpoint is None or load_manifest(checkpoint).get(FACT) != asdict(settings):
+        files.remove(folder)
+        return None
+    print(f"{settings.method:5} goes on from {checkpoint}", flush=True)
+    return checkpoint
 
 
 def _example(
@@ -156,26 +177,8 @@ def whole(example: dict[str, Any]) -> dict[str, list[int]]:
     }
 
 
-class PrefixTrainer(BudgetTrainer):
+class PrefixTrainer(ResumableTrainer):
     """Trainer whose batches hold contexts (C, S) and B texts after them, B / C after each; it reads each once."""
-
-    def __init__(self, *args: Any, settings: FineTuning, budget: CpuBudget, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.settings = settings
-        self.budget = budget
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        settings = self.settings
-        together = settings.questions_per_context
-        if together == 1:
-            return super()._get_train_sampler(train_dataset)
-        data: Any = self.train_dataset
-        numbers = {text: number for number, text in enumerate({example["context"]: 0 for example in data})}
-        contexts = np.array([numbers[example["context"]] for example in data])
-        lengths = np.array([len(example["context"]) for example in data])
-        return EpochSampler(
-            len(data), settings.batch_size, settings.seed, lambda epoch: lengths, contexts, together
-        )
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if "context_input_ids" not in inputs:
@@ -210,7 +213,7 @@ def _trainer(
     settings: FineTuning,
     folder: Path,
     budget: CpuBudget,
-) -> Trainer:
+) -> PrefixTrainer:
     together = settings.questions_per_context > 1
     args = TrainingArguments(
         output_dir=str(folder),
@@ -239,12 +242,25 @@ def _trainer(
         if together
         else DataCollatorForSeq2Seq(tokenizer),  # pads labels, too
         train_dataset=examples if together else [whole(example) for example in examples],
-        callbacks=[_Progress(settings.method, budget), StopAtBudget(budget)],
-        settings=settings,
+        callbacks=[_Progress(settings.method, budget), StopAtBudget(budget), SaveEvery(SAVED_SECONDS)],
+        facts={FACT: asdict(settings)},
         budget=budget,
     )
+    if together:
+        trainer.sampler = _sampler(examples, settings)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _sampler(examples: list[dict[str, Any]], settings: FineTuning) -> EpochSampler:
+    """Lets the questions of a context follow one another."""
+    numbers = {text: number for number, text in enumerate({example["context"]: 0 for example in examples})}
+    contexts = np.array([numbers[example["context"]] for example in examples])
+    lengths = np.array([len(example["context"]) for example in examples])
+    together = settings.questions_per_context
+    return EpochSampler(
+        len(examples), settings.batch_size, settings.seed, lambda epoch: lengths, contexts, together
+    )
 
 
 class _Progress(TrainerCallback):
@@ -252,7 +268,9 @@ class _Progress(TrainerCallback):
 
     def __init__(self, method: str, budget: CpuBudget):
         self.method, self.budget = method, budget
-        self._next = budget.used + LOGGED_SECONDS
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._next = self.budget.used + LOGGED_SECONDS
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.budget.limit is not None and self.budget.used >= self._next:

@@ -3,7 +3,7 @@
 Under DDP every rank holds all of it, under ZeRO and FSDP a shard. It is gathered to full tensors by name, so a
 checkpoint does not depend on how weights and moments were sharded:
 
-    model.safetensors       the cross-attention weights, in the precision they are trained in
+    model.safetensors       the weights that train, in the precision they are trained in
     optimizer.safetensors   `<state>.<parameter>`, such as exp_avg.transformer.cross_attn.0.mlp.c_fc.weight
     training_state.json     learning rates, scheduler, loss scaler, and of each rank random numbers and running loss
     trainer_state.json      transformers' own: step, epoch, best metric, log history
@@ -40,7 +40,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def gather_weights(trainer: Any) -> Tensors:
-    """The cross-attention weights, whole, on the CPU; with what a merged reader keeps beside what trains."""
+    """The weights that train, whole, on the CPU; with what a merged reader keeps beside them."""
     if trainer.is_deepspeed_enabled:
         from deepspeed.utils import safe_get_full_fp32_param as whole
     else:
@@ -221,7 +221,7 @@ def _unhex(text: str) -> torch.Tensor:
 def trained_parameters(trainer: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of all that trains, in one order on all ranks."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return ((name, p) for name, p in model.named_parameters() if is_cross_attn(name))
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

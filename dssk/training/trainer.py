@@ -1,56 +1,48 @@
-"""transformers' Trainer, with checkpoints of our own: only what trains, nothing pickled, whole or absent."""
+"""The trainer of a reader: its steps, its losses, its evaluations."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dssk.checkpoint import checkpoint_folder, rotate, write_checkpoint
+from dssk.checkpoint import Writer
 from dssk.config import ExperimentConfig
 from dssk.errors import Diverged
 from dssk.training import state
-from dssk.training.best import best_evaluation
-from dssk.training.budget import BudgetTrainer, CpuBudget
 from dssk.training.distill import Teacher, for_student
+from dssk.training.resumable import ResumableTrainer
 from dssk.training.sampler import EpochSampler, shared_contexts, text_lengths
 from dssk.training.stopping import LeaveTraining
-from dssk.utils.files import write_json
 
 MAX_ROWS_NAMED = 8
 
 
-class CrossAttnTrainer(BudgetTrainer):
+class CrossAttnTrainer(ResumableTrainer):
     """Trainer for a `CrossAttnForCausalLM`.
 
-    `facts` go into each checkpoint's manifest. `score_answers` is called in evaluation, on all ranks, and adds to
-    the metrics; `best.best_evaluation` says which checkpoint is the best one.
+    `score_answers` is called in evaluation, on all ranks, and adds to the metrics; `best.best_evaluation` says which
+    checkpoint is the best one.
 
     `train` ends by `LeaveTraining` if an evaluation was stopped; all is saved then.
     """
+
+    sampler: EpochSampler
 
     def __init__(
         self,
         *args,
         cfg: ExperimentConfig,
-        facts: dict[str, Any],
-        keep_checkpoints: int,
         score_answers: Callable[[Trainer], dict[str, float]] | None = None,
-        budget: CpuBudget | None = None,
         teacher: Teacher | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.cfg = cfg
-        self.facts = facts
-        self.keep_checkpoints = keep_checkpoints
         self.score_answers = score_answers
-        self.budget = budget or CpuBudget()
         self.teacher = teacher
-        self.evaluation_due = False  # a stop from outside came in or before an evaluation
         # Of this process, by use.
         self.seconds = dict.fromkeys(("training", "data", "evaluation", "saving"), 0.0)
         self._tokens = 0  # of this rank, padding included, since the last log
@@ -61,8 +53,7 @@ class CrossAttnTrainer(BudgetTrainer):
         self.sampler = EpochSampler(
             len(self.train_dataset), self.global_batch, cfg.seed, lengths, contexts, together
         )
-        self._resumed: Path | None = None  # a checkpoint whose random numbers are still to be put back
-        self.add_callback(_Position(self))
+        self.add_callback(_MakeUp(self))
 
     @property
     def global_batch(self) -> int:
@@ -70,9 +61,6 @@ class CrossAttnTrainer(BudgetTrainer):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     # --- one step
-
-    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
-        return self.sampler
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Trainer's own smoother does not shift the labels of models it does not know.
@@ -175,89 +163,19 @@ class CrossAttnTrainer(BudgetTrainer):
     # --- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
-        with self._timed("saving"), self.budget.paused():
-            self._collect_and_write()
+        with self._timed("saving"):
+            super()._save_checkpoint(model, trial)
 
-    def _collect_and_write(self) -> None:
-        self.store_flos()
-        weights, moments = state.gather_weights(self), state.gather_optimizer(self)
-        run_state = state.gather_run_state(self)
-        if bad := [name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()]:
-            raise Diverged(
-                f"{bad[0]} is not finite after step {self.state.global_step}: no checkpoint of it is written; lower "
-                "the learning rate, or use bf16 in place of fp16"
-            )
-        if self.args.should_save:
-            self._write_checkpoint(weights, moments, run_state)
-        self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, weights, moments, run_state) -> None:
-        savedir = Path(self.args.output_dir)
-        best = self._note_best(savedir)
-        num_bytes = sum(tensor.nbytes for tensor in [*weights.values(), *moments.values()])
-        folder = checkpoint_folder(savedir, self.state.global_step)
-        with write_checkpoint(folder, self._facts(), num_bytes) as write:
-            write.model(self.unwrapped_model, self.processing_class, weights)
-            write.tensors(state.OPTIMIZER_FILE, moments)
-            write_json(folder / state.STATE_FILE, run_state)
-            self.state.save_to_json(str(folder / state.TRAINER_STATE_FILE))
-        rotate(savedir, self.keep_checkpoints, best)
-
-    def _note_best(self, savedir: Path) -> Path | None:
-        """Say in transformers' state which evaluation was the best; returns its checkpoint."""
-        best = best_evaluation(self.state.log_history)
-        if best is None:
-            return None
-        folder = checkpoint_folder(savedir, best["step"])
-        self.state.best_global_step = best["step"]
-        self.state.best_metric = best.get("eval_f1", best["eval_loss"])
-        self.state.best_model_checkpoint = str(folder)
-        return folder
-
-    def _facts(self) -> dict[str, Any]:
-        counts = {"world_size": self.args.world_size, "skip_steps": self.args.gradient_accumulation_steps}
-        return {"step": self.state.global_step, **counts, **self.facts}
-
-    @property
-    def unwrapped_model(self):
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    # --- resuming
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Weights are restored with everything else, when all engines have wrapped the model."""
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            self._resumed = Path(resume_from_checkpoint)
-            state.restore(self, self._resumed)
-        return prepared
-
-    def restore_rank(self) -> None:
-        """Put back the random numbers and the running loss of a checkpoint, once."""
-        if self._resumed is not None:
-            state.restore_rank(self, self._resumed)
-            self._resumed = None
+    def write_model(self, write: Writer, weights: state.Tensors) -> None:
+        write.model(self.unwrapped_model, self.processing_class, weights)
 
 
-class _Position(TrainerCallback):
-    """Tells the trainer where in its rows it is, and makes up for what the last start was stopped in."""
+class _MakeUp(TrainerCallback):
+    """Makes up for the evaluation that the last start was stopped in."""
 
     def __init__(self, trainer: CrossAttnTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # of this call, not of the checkpoint
         if self.trainer.evaluation_due:
             self.trainer.make_up_evaluation()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        epoch, step = divmod(state.global_step, self.trainer.sampler.steps_per_epoch)
-        self.trainer.sampler.set_epoch(epoch)
-        self.trainer.train_dataset.set_epoch(epoch)
-        if step == 0:  # what comes next draws random numbers
-            self.trainer.restore_rank()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_rank()  # in the middle of an epoch: batches that were trained on have been skipped

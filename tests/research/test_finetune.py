@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import Trainer
 
 from dssk.data.collate import Collator
+from dssk.errors import DsskError
 from dssk.evaluation.questions import Question
 from dssk.inference.loading import load_base
 from dssk.inference.tokenizer import load_tokenizer
@@ -124,3 +125,86 @@ def test_shared_contexts_are_trained_on_until_the_minutes_are_over(
     assert 8 <= facts["questions"] < 500
     told = re.findall(r"^lora  step \d+, (\d\.\d) of 2\.5 CPU minutes  loss", capsys.readouterr().out, re.M)
     assert [minutes[0] for minutes in told] == ["1", "2", "2"]  # each minute, and at the end
+
+
+class Killed(BaseException):
+    """What no code catches, as a kill."""
+
+
+def stopped_after(step, monkeypatch, train):
+    """Run a fine-tuning that ends like a kill after `step` steps; each is saved."""
+    original = Trainer.training_step
+
+    def dying(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dssk.research.finetune.SAVED_SECONDS", 0)
+        patched.setattr(Trainer, "training_step", dying)
+        with pytest.raises(Killed):
+            train()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_fine_tuning_that_was_stopped_equals_one_that_was_not(
+    method, base_path, tokenizer, tmp_path, monkeypatch, capsys
+):
+    # Two steps an epoch: the second start begins in the middle of one.
+    settings = replace(SETTINGS, method=method, steps=5, batch_size=4, questions_per_context=2)
+
+    def train(name):
+        return fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / name)[0]
+
+    stopped_after(3, monkeypatch, lambda: train("stopped"))
+    assert [path.name for path in (tmp_path / "stopped.training").iterdir()] == ["checkpoint-3"]
+    steps = []
+    original = Trainer.training_step
+    monkeypatch.setattr(
+        Trainer, "training_step", lambda self, *args: steps.append(args) or original(self, *args)
+    )
+    again = train("stopped")
+    assert len(steps) == 2
+    assert re.search(rf"^{method:5} goes on from .*checkpoint-3$", capsys.readouterr().out, re.M)
+    for ours, theirs in zip(again.parameters(), train("whole").parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    facts = [json.loads((tmp_path / name / "settings.json").read_text()) for name in ("stopped", "whole")]
+    assert facts[0]["questions"] == facts[1]["questions"] == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_a_fine_tuning_goes_on_only_from_its_own_checkpoints(
+    base_path, tokenizer, tmp_path, monkeypatch, capsys
+):
+    def train(**changes):
+        settings = replace(SETTINGS, method="lora", steps=5, **changes)
+        return fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / "lora")
+
+    stopped_after(2, monkeypatch, train)
+    train(seed=1)
+    assert "goes on" not in capsys.readouterr().out
+    stopped_after(2, monkeypatch, train)
+    (weights,) = tmp_path.glob("lora.training/checkpoint-2/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(DsskError, match="lora.training is whole: remove it to start this fine-tuning afresh"):
+        train()
+
+
+def test_the_minutes_of_a_fine_tuning_count_over_all_its_starts(
+    base_path, tokenizer, tmp_path, monkeypatch, capsys
+):
+    ticks = itertools.count()
+    monkeypatch.setattr("dssk.training.budget.time", SimpleNamespace(process_time=lambda: float(next(ticks))))
+    settings = replace(SETTINGS, method="lora", steps=1000, minutes=2.5)
+
+    def train(name):
+        fine_tuned(base_path, None, tokenizer, QUESTIONS, settings, tmp_path / name)
+        return json.loads((tmp_path / name / "settings.json").read_text())
+
+    stopped_after(20, monkeypatch, lambda: train("stopped"))
+    stopped, whole = train("stopped"), train("whole")
+    assert "goes on from" in capsys.readouterr().out
+    assert 150 <= stopped["cpu_seconds"] < 160
+    # A start and each of the saves take a few ticks themselves.
+    assert 20 * 2 < stopped["questions"] <= whole["questions"] + 4
