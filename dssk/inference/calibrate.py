@@ -104,15 +104,17 @@ def fit(
 def load_maps(reader: MergedReader, equations: NormalEquations) -> float:
     """Set a reader's maps in closed form; returns the mean share of variance that they explain."""
     matrix, bias = equations.solve()
-    explained = equations.explained(matrix, bias).mean().item()
-    if reader.down is not None:
-        down, matrix = equations.low_rank(matrix, reader.down.out_features)
+    if reader.down is None:
+        reader.up.weight.copy_(matrix)
+    else:
+        down, up = equations.low_rank(matrix, reader.down.out_features)
         reader.down.weight.copy_(down)
-    reader.up.weight.copy_(matrix)
+        reader.up.weight.copy_(up)
+        matrix = up @ down
     reader.up.bias.copy_(bias)
     reader.shift.copy_(equations.mean)
     reader.scale.copy_(1 / equations.deviation)
-    return explained
+    return equations.explained(matrix, bias).mean().item()
 
 
 @torch.no_grad()

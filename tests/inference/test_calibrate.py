@@ -106,16 +106,17 @@ def test_sums_do_not_grow_with_the_text():
 def test_a_low_rank_explains_less():
     model = make_model("llama", max_position_embeddings=256)
     equations = fit(model, reader_for(model, (2,)), texts(24), [(2,)])[(2,)]
-    errors = []
+    full = reader_for(model, (2,))
+    explained_by_full = load_maps(full, equations)
+    states = torch.randn(1, 50, 64)
+    errors, explained = [], []
     for rank in (2, 16, 64):
         reader = reader_for(model, (2,), rank)
-        load_maps(reader, equations)
-        full = reader_for(model, (2,))
-        load_maps(full, equations)
-        states = torch.randn(1, 50, 64)
+        explained.append(load_maps(reader, equations))
         errors.append((reader.maps(states) - full.maps(states)).square().mean().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-6
+    assert explained[0] < explained[1] < explained[2] == pytest.approx(explained_by_full, abs=1e-4)
 
 
 def test_a_base_that_gives_no_likelihood_is_refused():
