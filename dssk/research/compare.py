@@ -19,6 +19,7 @@ from dssk.evaluation.questions import QuestionSet, check_encodings, load_questio
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
 from dssk.research import cost, several
+from dssk.research.paired import f1_difference
 from dssk.research.prompted import cache_bytes_per_token, few_shot, make_prompt
 from dssk.research.systems import HEURISTICS, SHUFFLED, Comparison, Systems
 from dssk.utils import files
@@ -59,6 +60,9 @@ def compare(wanted: Comparison) -> list[Row]:
             name, data, scores[data, name], costs.get(name, {}), systems.settings(name, questions)
         )
     ]
+    for row in table if systems.reader in names else ():
+        if row["system"] in (*names, *HEURISTICS) and row["system"] != systems.reader:
+            row |= beside_the_checkpoint(systems, row["system"], row["data"])
     for data, questions in sets.items():
         for number in numbers:
             table += rows_by_number(systems, together, data, questions, number)
@@ -115,9 +119,7 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet, numbe
     With a `number`, those with so many contexts at a time (see `several.scored`).
     """
     settings = systems.settings(name, questions, number)
-    label = f"{data}-{name.replace('/', '-')}"
-    file = systems.folder_of(number) / f"scores-{label}.json"
-    path = systems.folder_of(number) / f"predictions-{label}.jsonl"
+    file, path = files_of(systems, name, data, number)
     kept = read_json(file, dict) if file.is_file() and path.is_file() else {}
     if kept.get("settings") == settings and "scores" in kept:
         return kept["scores"]
@@ -129,6 +131,18 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet, numbe
     files.write_json(file, {"settings": settings, "scores": scores})
     discard_partial(path)
     return scores
+
+
+def files_of(systems: Systems, name: str, data: str, number: int = 0) -> tuple[Path, Path]:
+    """Where the scores and the predictions of a system on a set of questions are kept."""
+    folder, label = systems.folder_of(number), f"{data}-{name.replace('/', '-')}"
+    return folder / f"scores-{label}.json", folder / f"predictions-{label}.jsonl"
+
+
+def beside_the_checkpoint(systems: Systems, name: str, data: str) -> dict[str, float]:
+    """How a system's F1 differs from the checkpoint's on the same questions."""
+    (_, ours), (_, reference) = (files_of(systems, each, data) for each in (name, systems.reader))
+    return f1_difference(ours, reference)
 
 
 def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:
@@ -198,6 +212,21 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def render_differences(rows: Sequence[Row]) -> str:
+    """A line for each set: how the F1 of other systems differs from the checkpoint's, question by question."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if "f1_difference" in row:
+            found.setdefault(row["data"], []).append(
+                f"{row['system']} {row['f1_difference']:+.3f} "
+                f"({row['f1_difference_low']:+.3f}..{row['f1_difference_high']:+.3f})"
+            )
+    return "\n".join(
+        f"{data}, F1 beside the checkpoint's on the same questions: {', '.join(systems)}"
+        for data, systems in found.items()
+    )
+
+
 def _cell(row: Row, key: str, style: str) -> str:
     return "" if row.get(key) is None else format(row[key], style)
 
@@ -218,6 +247,8 @@ def compare_and_show(wanted: Comparison) -> None:
     with files.only_writer(output / TABLE):
         table = compare(wanted)
         print(render([row for row in table if "num_contexts" not in row]))
+        if differences := render_differences(table):
+            print(differences)
         if together := [row for row in table if "num_contexts" in row]:
             print(several.render(together))
         print(output / TABLE)

@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from dssk.errors import DsskError
+from dssk.errors import DamagedData, DsskError
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.report.run_files import read_run
 from dssk.research import compare
 from dssk.research.compare import system_list
+from dssk.research.paired import f1_difference
 from dssk.utils import files
 from tests.conftest import fused, question_rows
 
@@ -90,6 +91,46 @@ def test_mistakes_are_named(run_compare):
     for entry in ("nothing", "val=x", "a/b=x"):
         with pytest.raises(DsskError, match="want name=STORE_OR_FILE"):
             run_compare("--eval", entry)
+
+
+def test_systems_are_set_beside_the_checkpoint_question_by_question(run_compare, tmp_path, capsys):
+    table = run_compare("--systems", "cross_attention,prompted", "--controls", "with_context")
+    rows = {row["system"]: row for row in table}
+    own = rows["cross_attention"]
+    assert "f1_difference" not in own
+    for name in ("prompted", "heuristic/overlap"):
+        row = rows[name]
+        assert row["f1_difference"] == pytest.approx(row["f1"] - own["f1"], abs=2e-4)
+        assert row["f1_difference_low"] <= row["f1_difference"] <= row["f1_difference_high"]
+    said = f"val, F1 beside the checkpoint's on the same questions: prompted {rows['prompted']['f1_difference']:+.3f} ("
+    assert said in capsys.readouterr().out
+    file = tmp_path / "out" / "predictions-val-prompted.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.replace('"f1": ', '"f1": 7'))
+    with pytest.raises(
+        DamagedData, match="predictions-val-prompted.jsonl is damaged: answer 1: with_context.f1"
+    ):
+        run_compare("--systems", "cross_attention,prompted", "--controls", "with_context")
+    file.write_text(whole)
+    # What the checkpoint answered before may be another one's.
+    assert not [row for row in run_compare("--systems", "prompted") if "f1_difference" in row]
+
+
+def test_a_difference_is_of_the_questions_that_stand_in_both_files(tmp_path):
+    def write(name, f1s):
+        rows = [
+            {"id": str(number), "context": f"c{number // 2}", "with_context": {"f1": f1}}
+            for number, f1 in f1s.items()
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    one, two = write("one", {0: 0.5, 1: 1.0, 2: 0.0, 3: 0.25}), write("two", {3: 0.0, 1: 0.5, 9: 1.0})
+    found = f1_difference(one, two)
+    assert found["f1_difference"] == pytest.approx((0.25 + 0.5) / 2)
+    assert (found["f1_difference_low"], found["f1_difference_high"]) == (0.25, 0.5)
+    assert f1_difference(two, one)["f1_difference"] == -found["f1_difference"]
+    assert f1_difference(one, write("other", {7: 1.0})) == f1_difference(one, tmp_path / "none") == {}
 
 
 def test_a_checkpoint_goes_by_the_name_of_its_reader(run_compare, base_path, tmp_path):
