@@ -4,6 +4,7 @@ SEED ?= 0
 MINUTES ?= 30
 REAL ?= runs/real
 GROUP ?= merged_smollm2-135m
+LAYERS ?= 18
 BIN := .venv/bin
 # Python compiles what it imports and keeps it; pip would compile every file of every library, which takes longer than
 # to unpack them. Where Python may not keep it, as in many containers, each command would compile them again, in 25 s.
@@ -54,7 +55,8 @@ compare: install
 
 # The merged reader on a real pretrained base and real questions: MINUTES of one core train it, whatever is left off goes
 # on, and MINUTES=120 goes on longer. DATA=FOLDER names local files; without it they come from the Hub.
-# GROUP=merged_replay_smollm2-135m answers better and reads slower; LONGEST=1600 trains on longer paragraphs, too.
+# GROUP=merged_replay_smollm2-135m answers better and reads slower, GROUP=merged_replay_two_smollm2-135m LAYERS=9+18
+# better still, at twice the bytes; LONGEST=2400 trains on longer paragraphs, too.
 real: export OMP_NUM_THREADS = 1
 real: install
 	$(PIP) --quiet -e ".[gguf,compare]"
@@ -63,9 +65,9 @@ real: install
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/train.jsonl \
 		--val_dataset $(REAL)/sets/val.jsonl --text_only --data_cache_path $(REAL)/train
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/xquad.jsonl --val_fraction 0 \
-		--encode_layer 18 --data_cache_path $(REAL)/xquad
+		--encode_layer $(LAYERS) --data_cache_path $(REAL)/xquad
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/nq_swap.jsonl --val_fraction 0 \
-		--encode_layer 18 --data_cache_path $(REAL)/nq_swap
+		--encode_layer $(LAYERS) --data_cache_path $(REAL)/nq_swap
 	$(BIN)/dssk train -e $(GROUP) --set model_path=$(REAL)/base --set seed=$(SEED) \
 		--data_path $(REAL)/train/processed_data/base -sb $(REAL)/runs --steps 1_000_000 --minutes $(MINUTES) \
 		--log_every 50 --generation_eval_samples 16

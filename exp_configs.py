@@ -79,6 +79,14 @@ MERGED_CONFIG = {
     "gradient_checkpointing": False,
 }
 
+REPLAY_CONFIG = {
+    **MERGED_CONFIG,
+    "reader_replay": 12,
+    "decoder_lora": {"rank": 16, "alpha": 128},
+    "bf16": True,
+    "attn_implementation": "eager",
+}
+
 # The embedded default.
 TINY_CONFIG = {
     **BASE_CONFIG,
@@ -275,15 +283,9 @@ EXP_GROUPS = {
     # Better answers from the same states for more work in reading them: layers above the stored one are run again, and
     # adapters learn with the maps. They want a higher rate than maps, which their scale gives them. bfloat16 is twice
     # as fast on a processor that has it, and many times slower on one that has not.
-    "merged_replay_smollm2-135m": [
-        {
-            **MERGED_CONFIG,
-            "reader_replay": 12,
-            "decoder_lora": {"rank": 16, "alpha": 128},
-            "bf16": True,
-            "attn_implementation": "eager",
-        }
-    ],
+    "merged_replay_smollm2-135m": [REPLAY_CONFIG],
+    # The state of a lower layer beside it, which the lower layers' maps read as well: better answers, twice the bytes.
+    "merged_replay_two_smollm2-135m": [{**REPLAY_CONFIG, "encode_layer": [9, 18]}],
     "crossattn_qwen3-0.6b": [
         {
             **MODERN_CONFIG,

@@ -108,8 +108,10 @@ def test_the_groups_of_experiments_are_these():
         "starchat-alpha smollm2-135m qwen3-0.6b llama-3.2-1b gemma-2-2b starcoder2-3b starcoder2-7b mistral-7b "
         "llama-3.1-8b qwen3-8b starcoder2-15b"
     )
-    merged = {"merged_tiny", "merged_smollm2-135m", "merged_replay_smollm2-135m"}
-    assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()} | merged
+    merged = "tiny smollm2-135m replay_smollm2-135m replay_two_smollm2-135m"
+    assert set(EXP_GROUPS) == {f"crossattn_{name}" for name in names.split()} | {
+        f"merged_{name}" for name in merged.split()
+    }
 
 
 def test_an_unknown_key_is_refused_naming_the_nearest_known_one():
