@@ -56,12 +56,12 @@ compare: install
 # The merged reader on a real pretrained base and real questions: MINUTES of one core train it, whatever is left off goes
 # on, and MINUTES=120 goes on longer. DATA=FOLDER names local files; without it they come from the Hub.
 # GROUP=merged_replay_smollm2-135m answers better and reads slower, GROUP=merged_replay_two_smollm2-135m LAYERS=9+18
-# better still, at twice the bytes; LONGEST=2400 trains on longer paragraphs, too.
+# better still, at twice the bytes; LONGEST=2400 trains on longer paragraphs, too, ALL=1 on half as many questions more.
 real: export OMP_NUM_THREADS = 1
 real: install
 	$(PIP) --quiet -e ".[gguf,compare]"
 	$(BIN)/dssk base smollm2 --output $(REAL)/base
-	$(BIN)/dssk real --output $(REAL)/sets $(if $(DATA),--data $(DATA)) $(if $(LONGEST),--longest $(LONGEST))
+	$(BIN)/dssk real --output $(REAL)/sets $(if $(DATA),--data $(DATA)) $(if $(LONGEST),--longest $(LONGEST)) $(if $(ALL),--all_questions)
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/train.jsonl \
 		--val_dataset $(REAL)/sets/val.jsonl --text_only --data_cache_path $(REAL)/train
 	$(BIN)/dssk preproc --embedding_model $(REAL)/base --dataset $(REAL)/sets/xquad.jsonl --val_fraction 0 \

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from dssk.research.real import write_real_sets
 
-    write_real_sets(args.data, args.output, args.longest)
+    write_real_sets(args.data, args.output, args.longest, args.all_questions)
 
 
 def build_parser() -> Parser:
@@ -34,6 +34,11 @@ def build_parser() -> Parser:
         default=LONGEST_TRAINED,
         metavar="CHARACTERS",
         help="longest paragraph that is trained on: short ones teach more questions a minute",
+    )
+    parser.add_argument(
+        "--all_questions",
+        action="store_true",
+        help="train on all that paragraphs with few questions have, too: two hours want more questions than one",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the sets")
     return parser

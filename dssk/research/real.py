@@ -24,7 +24,10 @@ RUN_WORDS = 12  # that two paragraphs have in common if one is the other with so
 SHARED_QUESTIONS = 4  # of a paragraph that is worth its reading in training
 HELD_OUT = 300  # rows of NQ-Swap, at least
 WATCHED_CONTEXTS = 16  # of SQuAD, kept for `val`
-SINGLES = {"squad": 600, "nq_swap": 1200}  # rows of paragraphs that have fewer questions, trained on
+SINGLES = {
+    "squad": 600,
+    "nq_swap": 1200,
+}  # rows of paragraphs that have fewer, enough for an hour of training
 SINGLE_SHARE = 2 / 3  # of the longest paragraph: one with fewer questions must be so short
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>")
@@ -40,13 +43,15 @@ HUB = {
 }
 
 
-def write_real_sets(data: Path | None, folder: Path, longest: int = LONGEST_TRAINED) -> None:
+def write_real_sets(
+    data: Path | None, folder: Path, longest: int = LONGEST_TRAINED, all_questions: bool = False
+) -> None:
     """Run `dssk real`: write the sets from files below a folder, or from the Hub.
 
-    Trained on are paragraphs of at most `longest` characters.
+    Trained on are paragraphs of at most `longest` characters; of those with few questions some, or all questions.
     """
     sources = {name: [source] for name, source in HUB.items()} if data is None else in_folder(data)
-    counts = write_sets(sources, folder, longest)
+    counts = write_sets(sources, folder, longest, all_questions)
     print(f"{folder}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
 
 
@@ -61,10 +66,12 @@ def in_folder(data: Path) -> dict[str, list[Source]]:
     return {name: [Source(str(path)) for path in paths] for name, paths in found.items()}
 
 
-def write_sets(sources: dict[str, list[Source]], folder: Path, longest: int) -> dict[str, int]:
+def write_sets(
+    sources: dict[str, list[Source]], folder: Path, longest: int, all_questions: bool = False
+) -> dict[str, int]:
     """Write the four sets as `<set>.jsonl` and return how many rows each has; files that are right already stay."""
     found = {name: [row for source in several for row in read(source)] for name, several in sources.items()}
-    sets = divide(found["squad"], found["nq_swap"], found["xquad"], longest)
+    sets = divide(found["squad"], found["nq_swap"], found["xquad"], longest, all_questions)
     check(sets)
     files.make_folder(folder)
     for name, rows in sets.items():
@@ -90,7 +97,11 @@ def read(source: Source) -> list[QA]:
 
 
 def divide(
-    squad: Sequence[QA], nq_swap: Sequence[QA], xquad: Sequence[QA], longest: int
+    squad: Sequence[QA],
+    nq_swap: Sequence[QA],
+    xquad: Sequence[QA],
+    longest: int,
+    all_questions: bool = False,
 ) -> dict[str, list[QA]]:
     """The rows of each set; which ones are chosen depends on their texts alone.
 
@@ -113,8 +124,8 @@ def divide(
     return {
         "train": [
             *(row for rows in shared if rows[0].context not in watched for row in rows),
-            *_singles(single, SINGLES["squad"], longest),
-            *_singles(rest, SINGLES["nq_swap"], longest),
+            *_singles(single, None if all_questions else SINGLES["squad"], longest),
+            *_singles(rest, None if all_questions else SINGLES["nq_swap"], longest),
         ],
         "val": [row for rows in shared if rows[0].context in watched for row in rows],
         "xquad": list(xquad),
@@ -185,7 +196,7 @@ def check(sets: dict[str, list[QA]]) -> None:
             raise DsskError(f"the row {row.id} is trained on and its paragraph scored: {row.question[:80]!r}")
 
 
-def _singles(rows: Iterable[QA], count: int, longest: int) -> list[QA]:
+def _singles(rows: Iterable[QA], count: int | None, longest: int) -> list[QA]:
     short = [row for row in rows if len(row.context) <= SINGLE_SHARE * longest]
     return _drawn(short, lambda row: row.id + row.question)[:count]
 

@@ -112,6 +112,17 @@ def test_paragraphs_that_are_trained_on_are_no_longer_than_is_said():
     assert 190 < max(len(row.context) for row in sets["train"] if row.question.startswith("single")) <= 200
 
 
+def test_single_questions_are_counted_off_or_taken_whole(monkeypatch):
+    monkeypatch.setattr(real, "SINGLES", {"squad": 3, "nq_swap": 2})
+    squad = [qa(context=paragraph(400 + n), question=f"squad {n}") for n in range(20)]
+    nq_swap = [qa(context=paragraph(n), question=f"page {n}") for n in range(310)]
+    few, every = (real.divide(squad, nq_swap, [], 1000, all_questions) for all_questions in (False, True))
+    for sets, counts in ((few, (3, 2)), (every, (20, 10))):
+        asked = [row.question.split()[0] for row in sets["train"]]
+        assert (asked.count("squad"), asked.count("page")) == counts
+        assert len(sets["nq_swap"]) == 300
+
+
 @pytest.mark.parametrize("told", [{"question": "WHO, is it"}, {"context": paragraph(5) + " and more"}])
 def test_what_tells_of_a_scored_row_is_left_out_and_never_passes(told):
     scored = qa(context=paragraph(5), question="who is it?")
