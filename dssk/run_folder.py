@@ -226,9 +226,12 @@ def scores_of(model: Path) -> dict[str, Any]:
     return {}
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The answers that an evaluation left in a run's or a model's folder; every line must be whole."""
-    return read_rows(folder / PREDICTIONS)
+def read_answered(file: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """The predictions from right contexts in a file of an evaluation. Raises `DamagedData` for one not of that kind."""
+    answered = [row for row in read_rows(file) if "with_context" in row]
+    for number, row in enumerate(answered, start=1):
+        check_row(row, kind, f"{file} is damaged: answer {number}")
+    return answered
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pydantic import BaseModel
 
 from dssk import run_folder
 from dssk.checkpoint import finish_checkpoint
@@ -150,4 +151,4 @@ def test_runs_that_are_moved_aside_keep_apart(savedir):
 def test_predictions_must_be_whole(savedir):
     (savedir / "predictions.jsonl").write_text('{"id": "1"}\n{"id"')
     with pytest.raises(DamagedData, match="predictions.jsonl is damaged: line 2 "):
-        run_folder.read_predictions(savedir)
+        run_folder.read_answered(savedir / "predictions.jsonl", BaseModel)

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from dssk.errors import DamagedData, DsskError
 from dssk.evaluation import by_number
+from dssk.models.configuration import CHOICES
 from dssk.run_folder import (
     PREDICTIONS,
     SCORES,
@@ -16,13 +17,11 @@ from dssk.run_folder import (
     check_row,
     checked_scores,
     find_run,
+    read_answered,
     read_experiment,
     read_metrics,
-    read_predictions,
-    read_rows,
     read_scores,
 )
-from dssk.utils.defaults import READERS
 from dssk.utils.json_files import read_json
 
 
@@ -138,7 +137,7 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
         experiment=read_experiment(folder),
         metrics=read_metrics(folder),
         scores=_shown(read_scores(folder), folder / SCORES),
-        predictions=_answered(read_predictions(folder), folder / PREDICTIONS),
+        predictions=read_answered(folder / PREDICTIONS, Answered),
     )
     if comparison is None:
         if data is not None:
@@ -157,13 +156,12 @@ def read_run(path: str | Path, comparison: str | Path | None = None, data: str |
     run.together = [row for row in table if "num_contexts" in row and row.get("data") == (data or first)]
     if sets and (data is not None or not run.scores):
         run.data = data or sets[0]
-        names = [row.get("system") for row in run.table]
-        label = f"{run.data}-{next((name for name in READERS if name in names), READERS[0])}"
+        names, readers = [row.get("system") for row in run.table], CHOICES["reader"]
+        label = f"{run.data}-{next((name for name in readers if name in names), readers[0])}"
         file = compared / f"scores-{label}.json"
         scores = read_json(file, dict).get("scores", {}) if file.is_file() else {}
         run.scores = _shown(checked_scores(scores, file), file)
-        file = compared / f"predictions-{label}.jsonl"
-        run.predictions = _answered(read_rows(file), file)
+        run.predictions = read_answered(compared / f"predictions-{label}.jsonl", Answered)
     return run
 
 
@@ -175,13 +173,6 @@ def _shown(scores: dict[str, Any], file: Path) -> dict[str, Any]:
             kind = OfNumber if by_number.is_name(name) else Control
             check_row(row, kind, f"{file} is damaged: {name}")
     return scores
-
-
-def _answered(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    answered = [row for row in rows if "with_context" in row]
-    for number, row in enumerate(answered, start=1):
-        check_row(row, Answered, f"{file} is damaged: answer {number}")
-    return answered
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,7 @@ from dssk.evaluation.predictions import answer_all, discard_partial
 from dssk.evaluation.questions import QuestionSet, check_encodings, load_questions, spread
 from dssk.evaluation.scores import score
 from dssk.models.shapes import window
-from dssk.research import cost, several
-from dssk.research.paired import f1_difference
+from dssk.research import cost, paired, several
 from dssk.research.prompted import cache_bytes_per_token, few_shot, make_prompt
 from dssk.research.systems import HEURISTICS, SHUFFLED, Comparison, Systems
 from dssk.utils import files
@@ -60,9 +59,12 @@ def compare(wanted: Comparison) -> list[Row]:
             name, data, scores[data, name], costs.get(name, {}), systems.settings(name, questions)
         )
     ]
-    for row in table if systems.reader in names else ():
-        if row["system"] in (*names, *HEURISTICS) and row["system"] != systems.reader:
-            row |= beside_the_checkpoint(systems, row["system"], row["data"])
+    if systems.reader in names:
+        others = {*names, *HEURISTICS} - {systems.reader}
+        for data in sets:
+            set_beside_the_checkpoint(
+                systems, [row for row in table if row["data"] == data and row["system"] in others], data
+            )
     for data, questions in sets.items():
         for number in numbers:
             table += rows_by_number(systems, together, data, questions, number)
@@ -139,10 +141,11 @@ def files_of(systems: Systems, name: str, data: str, number: int = 0) -> tuple[P
     return folder / f"scores-{label}.json", folder / f"predictions-{label}.jsonl"
 
 
-def beside_the_checkpoint(systems: Systems, name: str, data: str) -> dict[str, float]:
-    """How a system's F1 differs from the checkpoint's on the same questions."""
-    (_, ours), (_, reference) = (files_of(systems, each, data) for each in (name, systems.reader))
-    return f1_difference(ours, reference)
+def set_beside_the_checkpoint(systems: Systems, rows: Sequence[Row], data: str) -> None:
+    """Add to the rows of other systems how their F1 differs from the checkpoint's on the same questions."""
+    reference = paired.read(files_of(systems, systems.reader, data)[1])
+    for row in rows:
+        row |= paired.f1_difference(paired.read(files_of(systems, row["system"], data)[1]), reference)
 
 
 def measure_costs(systems: Systems, names: Sequence[str], questions: QuestionSet) -> dict[str, Row]:

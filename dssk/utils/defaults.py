@@ -5,13 +5,8 @@ MAX_NEW_TOKENS = 32  # of an answer
 BATCH_SIZE = 32  # questions at a time
 STORAGE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 CONTROLS = ("with_context", "no_context", "wrong_context", "shuffled_tokens", "other_question")
-READERS = ("cross_attention", "merged")  # one of which a checkpoint has
-SYSTEMS = (
-    "prompted",
-    "prompted_prefix_cache",
-    "lora_prompted",
-    "full_prompted",
-)  # beside the checkpoint's reader
+# What a checkpoint is compared with.
+SYSTEMS = ("prompted", "prompted_prefix_cache", "lora_prompted", "full_prompted")
 FURTHER_SYSTEMS = ("prompted_examples",)  # that are compared if they are named
 RATE_FACTORS = {"lora": 2.0, "full": 0.5}  # of fine-tuned prompting: times the checkpoint's learning rate
 FUSED, CROSS_ATTENTION = "fused", "cross_attention"  # what is published: the whole model, or the blocks

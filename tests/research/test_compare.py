@@ -5,9 +5,8 @@ import pytest
 from dssk.errors import DamagedData, DsskError
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.report.run_files import read_run
-from dssk.research import compare
+from dssk.research import compare, paired
 from dssk.research.compare import system_list
-from dssk.research.paired import f1_difference
 from dssk.utils import files
 from tests.conftest import fused, question_rows
 
@@ -123,14 +122,15 @@ def test_a_difference_is_of_the_questions_that_stand_in_both_files(tmp_path):
             for number, f1 in f1s.items()
         ]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / name
+        return paired.read(tmp_path / name)
 
     one, two = write("one", {0: 0.5, 1: 1.0, 2: 0.0, 3: 0.25}), write("two", {3: 0.0, 1: 0.5, 9: 1.0})
-    found = f1_difference(one, two)
+    found = paired.f1_difference(one, two)
     assert found["f1_difference"] == pytest.approx((0.25 + 0.5) / 2)
     assert (found["f1_difference_low"], found["f1_difference_high"]) == (0.25, 0.5)
-    assert f1_difference(two, one)["f1_difference"] == -found["f1_difference"]
-    assert f1_difference(one, write("other", {7: 1.0})) == f1_difference(one, tmp_path / "none") == {}
+    assert paired.f1_difference(two, one)["f1_difference"] == -found["f1_difference"]
+    assert paired.f1_difference(one, write("other", {7: 1.0})) == {}
+    assert paired.f1_difference(one, paired.read(tmp_path / "none")) == {}
 
 
 def test_a_checkpoint_goes_by_the_name_of_its_reader(run_compare, base_path, tmp_path):
