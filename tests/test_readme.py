@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from dssk.config import expand_group
+from dssk.models.layers import layers_name
 from exp_configs import EXP_GROUPS
 from tests.conftest import REPOSITORY
 
@@ -124,3 +126,23 @@ def test_the_experiment_of_the_demo_names_the_base_that_the_demo_makes():
     assert "SEED ?= 0" in MAKEFILE
     assert "dssk base --dataset toy --seed $(SEED) --output $(TOY)/base" in recipe("demo")
     assert {exp_dict["model_path"] for exp_dict in EXP_GROUPS["crossattn_tiny"]} == {f"{DEMO}/base"}
+
+
+def test_make_real_scores_states_of_the_layers_that_each_group_named_for_it_reads():
+    """Each group is one experiment, too: `dssk train` would take the first of several."""
+    texts = [README, (REPOSITORY / "docs" / "readers.md").read_text(), MAKEFILE.replace("\n# ", " ")]
+    named = {
+        (group, layers or "18")
+        for text in texts
+        for group, layers in re.findall(
+            r"GROUP=(\w\S+?)`?(?: LAYERS=([\d+]+))?[\s,`]", " ".join(text.split()) + " "
+        )
+    }
+    named.add(
+        tuple(re.search(rf"^{key} \?= (\S+)$", MAKEFILE, re.MULTILINE)[1] for key in ("GROUP", "LAYERS"))
+    )
+    for group, layers in named:
+        (exp_dict,) = expand_group(EXP_GROUPS[group])
+        several = exp_dict["encode_layer"]
+        assert layers == layers_name(several if isinstance(several, list) else [several], 30), group
+    assert {layers for _, layers in named} == {"18", "9+18"}
