@@ -145,7 +145,13 @@ def test_the_sets_of_the_hub_are_named_as_sources():
     assert all(isinstance(source, Source) and source.dataset.count("/") == 1 for source in real.HUB.values())
 
 
-def test_make_real_goes_the_whole_road_and_on_from_where_it_was(small, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables", ["", "GROUP=merged_replay_two_smollm2-135m LAYERS=9+18 LONGEST=2400 ALL=1"]
+)
+def test_make_real_goes_the_whole_road_and_on_from_where_it_was(
+    variables, small, folder, tmp_path, monkeypatch, capsys
+):
     """Every command of the Makefile, on a base of the real depth and a toy's width."""
     here = tmp_path / "real"
     tiny_base("llama", here / "base", vocab_size=VOCAB_SIZE, num_hidden_layers=30, hidden_size=16,
@@ -161,7 +167,7 @@ def test_make_real_goes_the_whole_road_and_on_from_where_it_was(small, folder, t
     monkeypatch.chdir(REPOSITORY)
 
     def make(minutes: float, *verbs: str) -> str:
-        wanted = [f"DATA={folder}", f"REAL={here}", f"MINUTES={minutes}", "BIN=."]
+        wanted = [f"DATA={folder}", f"REAL={here}", f"MINUTES={minutes}", "BIN=.", *variables.split()]
         shown = subprocess.run(
             ["make", "-n", "-o", "install", "real", *wanted], capture_output=True, text=True
         )
