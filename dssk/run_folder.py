@@ -148,6 +148,13 @@ def read_wandb(savedir: Path) -> dict[str, Any]:
     return stored
 
 
+def predictions_of(scores: Path) -> Path:
+    """The predictions that go with a file of scores: `predictions-a.jsonl` with `a.json` or `scores-a.json`."""
+    if scores.name == SCORES:
+        return scores.with_name(PREDICTIONS)
+    return scores.with_name(f"predictions-{scores.stem.removeprefix('scores-')}.jsonl")
+
+
 def read_scores(folder: Path) -> dict[str, Any]:
     """The scores that an evaluation left in a run's or a model's folder; empty if there are none."""
     return checked_scores(_read_if_there(folder / SCORES), folder / SCORES)

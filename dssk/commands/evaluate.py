@@ -38,7 +38,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--output",
         metavar="FILE.json",
-        help="file for the scores; predictions are written beside it (default: scores.json in the folder of "
-        "the run or the checkpoint)",
+        help="file for the scores; predictions are written beside it, those of a.json as predictions-a.jsonl "
+        "(default: scores.json and predictions.jsonl in the folder of the run or the checkpoint)",
     )
     return parser

@@ -32,7 +32,7 @@ from dssk.inference.fingerprint import file_fingerprint
 from dssk.inference.generation import context_batch, contexts_together, generate_batch, nll_batch
 from dssk.inference.loading import FusedModel, device, find_model, load_model
 from dssk.inference.tokenizer import template_version, tokenize_answer, tokenize_question
-from dssk.run_folder import PREDICTIONS, SCORES, model_step
+from dssk.run_folder import SCORES, model_step, predictions_of
 from dssk.store.opening import load_manifest
 from dssk.utils.defaults import BATCH_SIZE, CONTROLS, MAX_NEW_TOKENS
 from dssk.utils.files import only_writer, remove_left, write_json
@@ -256,7 +256,7 @@ def evaluate_checkpoint(
         load_manifest(data_path)  # before the model: another folder is refused at once
     folder = find_model(checkpoint)
     file = Path(output) if output else output_folder(checkpoint) / SCORES
-    predictions = file.with_name(PREDICTIONS)
+    predictions = predictions_of(file)
     with join() as ranks, ranks.first_holds(only_writer(predictions)):
         model, tokenizer = load_model(folder, device=device(ranks.local_rank))
         source = data_path or dataset or ""

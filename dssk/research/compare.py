@@ -21,6 +21,7 @@ from dssk.models.shapes import window
 from dssk.research import cost, paired, several
 from dssk.research.prompted import cache_bytes_per_token, few_shot, make_prompt
 from dssk.research.systems import HEURISTICS, SHUFFLED, Comparison, Systems
+from dssk.run_folder import predictions_of
 from dssk.utils import files
 from dssk.utils.defaults import CONTROLS, FURTHER_SYSTEMS, SYSTEMS
 from dssk.utils.flags import nearest
@@ -137,8 +138,8 @@ def answer(systems: Systems, name: str, data: str, questions: QuestionSet, numbe
 
 def files_of(systems: Systems, name: str, data: str, number: int = 0) -> tuple[Path, Path]:
     """Where the scores and the predictions of a system on a set of questions are kept."""
-    folder, label = systems.folder_of(number), f"{data}-{name.replace('/', '-')}"
-    return folder / f"scores-{label}.json", folder / f"predictions-{label}.jsonl"
+    scores = systems.folder_of(number) / f"scores-{data}-{name.replace('/', '-')}.json"
+    return scores, predictions_of(scores)
 
 
 def set_beside_the_checkpoint(systems: Systems, rows: Sequence[Row], data: str) -> None:

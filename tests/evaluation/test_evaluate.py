@@ -112,13 +112,24 @@ def test_what_a_control_leaves_out_is_said(checkpoint, tmp_path, monkeypatch, ca
     assert said == ["dssk: other_question leaves out 1 of 5 questions: their context has no second question"]
 
 
-def test_two_evaluations_into_one_folder_do_not_meet(checkpoint, store_path, tmp_path, monkeypatch):
-    """The second says who holds it, whatever name its scores are to have."""
-    predictions = tmp_path / "predictions.jsonl"
+def test_two_evaluations_into_the_same_files_do_not_meet(checkpoint, store_path, tmp_path, monkeypatch):
+    """The second says who holds them."""
+    predictions = tmp_path / "predictions-other.jsonl"
     flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--output", tmp_path / "other.json"]
     with only_writer(predictions), pytest.raises(Locked, match="pid"):
         run_evaluate(monkeypatch, *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluations_into_one_folder_keep_each_its_predictions(checkpoint, store_path, tmp_path, monkeypatch):
+    flags = ["--checkpoint", checkpoint, "--data_path", store_path, "--controls", "no_context"]
+    flags += ["--max_questions", 2, "--max_new_tokens", 1]
+    for name in ("scores", "xquad", "scores-nq"):
+        run_evaluate(monkeypatch, *flags, "--output", tmp_path / f"{name}.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("predictions-nq.jsonl", "predictions-xquad.jsonl", "predictions.jsonl"),
+        *("scores-nq.json", "scores.json", "xquad.json"),
+    ]
 
 
 class Killed(Exception):
