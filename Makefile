@@ -2,9 +2,12 @@
 PYTHON ?= python3
 SEED ?= 0
 MINUTES ?= 30
-REAL ?= runs/real
 GROUP ?= merged_smollm2-135m
-LAYERS ?= 18
+LAYERS ?= $(if $(findstring replay_two,$(GROUP)),9+18,18)
+SPACE := $(subst ,, )
+# What is trained, and on what, names its folder: another one does not meet it. More MINUTES go on in the same.
+REAL ?= runs/$(subst $(SPACE),-,$(strip real $(filter-out merged_smollm2-135m,$(GROUP)) $(LONGEST) \
+	$(if $(ALL),all) $(patsubst %,seed-%,$(filter-out 0,$(SEED)))))
 BIN := .venv/bin
 # Python compiles what it imports and keeps it; pip would compile every file of every library, which takes longer than
 # to unpack them. Where Python may not keep it, as in many containers, each command would compile them again, in 25 s.
@@ -55,8 +58,8 @@ compare: install
 
 # The merged reader on a real pretrained base and real questions: MINUTES of one core train it, whatever is left off goes
 # on, and MINUTES=120 goes on longer. DATA=FOLDER names local files; without it they come from the Hub.
-# GROUP=merged_replay_smollm2-135m answers better and reads slower, GROUP=merged_replay_two_smollm2-135m LAYERS=9+18
-# better still, at twice the bytes; LONGEST=2400 trains on longer paragraphs, too, ALL=1 on half as many questions more.
+# GROUP=merged_replay_smollm2-135m answers better and reads slower, GROUP=merged_replay_two_smollm2-135m better still, at
+# twice the bytes; LONGEST=2400 trains on longer paragraphs, too, ALL=1 on half as many questions more.
 real: export OMP_NUM_THREADS = 1
 real: install
 	$(PIP) --quiet -e ".[gguf,compare]"

@@ -285,7 +285,7 @@ EXP_GROUPS = {
     # as fast on a processor that has it, and many times slower on one that has not.
     "merged_replay_smollm2-135m": [REPLAY_CONFIG],
     # The state of a lower layer beside it, which the lower layers' maps read as well: better answers, twice the bytes.
-    "merged_replay_two_smollm2-135m": [{**REPLAY_CONFIG, "encode_layer": [[9, 18]]}],
+    "merged_replay_two_smollm2-135m": [{**REPLAY_CONFIG, "encode_layer": "9+18"}],
     "crossattn_qwen3-0.6b": [
         {
             **MODERN_CONFIG,

@@ -90,7 +90,8 @@ class ExperimentConfig(BaseModel):
         description="what reads a context: blocks, or the base's own attention by maps from states to keys and values",
     )
     encode_layer: str | int | float | list[str | int | float] = Field(
-        default="last", description="whose states are read: last, a layer, a share of the depth, or a list"
+        default="last",
+        description="whose states are read: last, a layer, a share of the depth, or two with a +",
     )
     reader_rank: int | None = Field(
         default=None, ge=1, le=MAX_WIDTH, description="rank of a merged reader's maps; None: full"

@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from dssk.config import expand_group
-from dssk.models.layers import layers_name
 from exp_configs import EXP_GROUPS
 from tests.conftest import REPOSITORY
 
@@ -130,19 +129,23 @@ def test_the_experiment_of_the_demo_names_the_base_that_the_demo_makes():
 
 def test_make_real_scores_states_of_the_layers_that_each_group_named_for_it_reads():
     """Each group is one experiment, too: `dssk train` would take the first of several."""
-    texts = [README, (REPOSITORY / "docs" / "readers.md").read_text(), MAKEFILE.replace("\n# ", " ")]
-    named = {
-        (group, layers or "18")
-        for text in texts
-        for group, layers in re.findall(
-            r"GROUP=(\w\S+?)`?(?: LAYERS=([\d+]+))?[\s,`]", " ".join(text.split()) + " "
-        )
-    }
-    named.add(
-        tuple(re.search(rf"^{key} \?= (\S+)$", MAKEFILE, re.MULTILINE)[1] for key in ("GROUP", "LAYERS"))
-    )
-    for group, layers in named:
+    texts = [README, (REPOSITORY / "docs" / "readers.md").read_text(), MAKEFILE]
+    named = {group for text in texts for group in re.findall(r"\bGROUP=(\w\S+\w)", text)}
+    assert named == {"merged_replay_smollm2-135m", "merged_replay_two_smollm2-135m"}
+    for words in ("", *(f"GROUP={group}" for group in named)):
+        command = ["make", "-n", "-o", "install", "real", *words.split()]
+        shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+        (group,) = set(re.findall(r"train -e (\S+)", shown))
         (exp_dict,) = expand_group(EXP_GROUPS[group])
-        several = exp_dict["encode_layer"]
-        assert layers == layers_name(several if isinstance(several, list) else [several], 30), group
-    assert {layers for _, layers in named} == {"18", "9+18"}
+        assert set(re.findall(r"--encode_layer (\S+)", shown)) == {str(exp_dict["encode_layer"])}
+
+
+def test_every_choice_of_make_real_but_its_minutes_has_a_folder_of_its_own():
+    choices = ("MINUTES=30", "GROUP=merged_replay_smollm2-135m", "LONGEST=1600", "ALL=1", "SEED=1")
+    folders = []
+    for choice in choices:
+        command = ["make", "-n", "-o", "install", "real", choice]
+        shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+        folders.append(re.search(r"dssk real --output (\S+)/sets ", shown)[1])
+    assert folders[0] == "runs/real"
+    assert len({*folders}) == len(choices)

@@ -138,8 +138,12 @@ def line_in(error: BaseException, file: Path) -> int | None:
 
 def list_groups(groups: Groups) -> str:
     """The experiment groups, one a line."""
+    from dssk.config import expand_group
+
     width = max(map(len, groups))
-    return "\n".join(f"{name:{width}}  {_summary(first)}" for name, (first, *_) in groups.items())
+    return "\n".join(
+        f"{name:{width}}  {_summary(expand_group([first])[0])}" for name, (first, *_) in groups.items()
+    )
 
 
 def _summary(exp_dict: dict[str, Any]) -> str:
@@ -148,7 +152,7 @@ def _summary(exp_dict: dict[str, Any]) -> str:
     get = exp_dict.get
     reader = f"{get('num_cross_attn_layers')} blocks at stride {get('cross_attn_layers_stride')}"
     if get("reader") == "merged":
-        reader = merged_name(get("encode_layer"), get("reader_replay", 0))
+        reader = merged_name(get("encode_layer", "last"), get("reader_replay", 0))
     return f"{get('model_path')}, {reader}, {get('context_size')} tokens"
 
 

@@ -203,7 +203,7 @@ def describe(context: Encoded, model: FusedModel) -> str:
     """One line: what was read, how long it took, and what keeping it takes."""
     config, tokens, passages = model.config, context.tokens, len(context.passages)
     read = f"{tokens} tokens" if passages == 1 else f"{tokens} tokens in {passages} passages"
-    kept = tokens * encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
+    kept = tokens * encoding_bytes(DEFAULT_STORAGE, config.states_width)
     cache = tokens * kv_cache_values(config) * torch.bfloat16.itemsize
     times = (
         f"{cache / kept:.1f} times as much" if cache > kept else "no more: a deeper base keeps more of them"

@@ -193,7 +193,7 @@ def _encoded_later(
 ) -> QuestionSet:
     longest = window(config)
     ids = [tokens[:longest] for tokens in tokenize_contexts(tokenizer, [row.context for row in rows])]
-    num_bytes = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
+    num_bytes = encoding_bytes(DEFAULT_STORAGE, config.states_width)
     lengths = [len(tokens) for tokens in ids]
     return QuestionSet(rows, lengths, fingerprint, num_bytes, pool=pool, context_ids=ids)
 

@@ -1,6 +1,7 @@
 """The model card of a published model: README.md, with what is known of its run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from dssk.inference.loading import FusedModel
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.models.shapes import kv_cache_values, window
 from dssk.utils.files import size
+
+PARTS = {  # by the reader of a model
+    "cross_attention": "cross-attention blocks",
+    "merged": "maps from stored states to keys and values",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ def model_card(repository: str, what: str, model: FusedModel, origin: Origin) ->
         datasets=origin.data_repository,
         library_name="dssk",
         pipeline_tag="text-generation",
-        tags=["cross-attention", "cached-context", "question-answering"],
+        tags=[model.config.reader.replace("_", "-"), "cached-context", "question-answering"],
         model_name=repository.split("/")[-1],
         eval_results=_eval_results(origin) or None,
     )
@@ -53,13 +59,14 @@ def model_card(repository: str, what: str, model: FusedModel, origin: Origin) ->
 def _head(repository: str, what: str, model: FusedModel, origin: Origin) -> str:
     trained, total = model.trainable_parameters()
     holds = (
-        f"This repository holds the trained blocks alone ({trained:,} parameters); {origin.base} is loaded with them."
+        f"This repository holds the trained parts alone ({trained:,} parameters); {origin.base} is loaded with them."
         if what == "cross_attention"
         else f"This repository holds all of it ({total:,} parameters), {trained:,} of which were trained."
     )
     trained_on = f" on {origin.data}" if origin.data else ""
+    parts = PARTS[model.config.reader]
     about = (
-        f"{origin.base}, frozen, with cross-attention blocks that were trained{trained_on} to answer from contexts. "
+        f"{origin.base}, frozen, with {parts} that were trained{trained_on} to answer from contexts. "
         f"A context is encoded once, ahead of time, and never stands in a prompt. {holds}"
     )
     return f"""# {repository.split("/")[-1]}
@@ -127,11 +134,12 @@ def _eval_results(origin: Origin) -> list[EvalResult]:
 
 def _cost(model: FusedModel) -> str:
     config = model.config
-    kept = encoding_bytes(DEFAULT_STORAGE, config.hidden_size)
+    kept = encoding_bytes(DEFAULT_STORAGE, config.states_width)
     cache = kv_cache_values(config) * torch.bfloat16.itemsize
+    places = "no place" if config.reader == "cross_attention" else "its places, as in a prompt,"
     return (
         f"## Cost\n\nAn encoded context takes {size(kept)} a token in bfloat16, the base's keys and values would take "
-        f"{size(cache)}. It takes no place among the {window(config):,} positions of the decoder."
+        f"{size(cache)}. It takes {places} among the {window(config):,} positions of the decoder."
     )
 
 
@@ -145,6 +153,8 @@ def _experiment(origin: Origin) -> str:
             "",
         ]
     settings = {**origin.experiment, "model_path": origin.base}
+    if isinstance(teacher := settings.get("distill"), str):
+        settings["distill"] = Path(teacher).name
     if origin.step is not None:
         settings = {"steps": origin.step, **settings}
     lines += ["| setting | value |", "|---|---|"]

@@ -174,7 +174,7 @@ def _reads(
 
     Each distinct text is encoded once.
     """
-    per_question = _per_question(contexts, count, model.config.hidden_size * len(model.config.encode_layers))
+    per_question = _per_question(contexts, count, model.config.states_width)
     texts = list(dict.fromkeys(c for several in per_question for c in several if isinstance(c, str)))
     encoded = encode_passages(model, tokenizer, texts, truncate)
     numbers: dict[tuple, int] = {}

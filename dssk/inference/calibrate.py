@@ -23,7 +23,7 @@ from dssk.inference.auto import from_base
 from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, rounded
 from dssk.models.closed_form import FIRST_TOKEN_WEIGHT, NormalEquations
-from dssk.models.layers import LAST, encode_states, find_layers, layer_inputs
+from dssk.models.layers import encode_states, find_layers, layer_inputs, layers_name
 from dssk.models.merged import (
     MergedContext,
     MergedReader,
@@ -208,12 +208,10 @@ def reader_for(base: PreTrainedModel, layers: Layers, rank: int | None = None) -
 
 def calibrated(found: Scan, base: str | Path, **how: Any) -> Any:
     """The fused model that reads states of the best layer with its maps; `how` goes to `from_base`."""
-    num_layers, layers = found.reader.num_layers, list(found.best.layers)
-    named = [LAST if layer == num_layers else layer for layer in layers]
     model = from_base(
         base,
         reader="merged",
-        encode_layer=named if len(named) > 1 else named[0],
+        encode_layer=layers_name(found.best.layers, found.reader.num_layers),
         reader_rank=found.reader.rank,
         **how,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from dssk.models.layers import LAST, layer_index
+from dssk.models.layers import LAST, layer_index, named_layers
 
 MODEL_TYPE = "dssk"  # in the config.json of every fused model; `base_model_type` names the family
 BASE = "base"  # value of a field: the same as in the base model
@@ -56,7 +56,7 @@ class CrossAttnConfig(_Base):
         reader: what reads a context: `"cross_attention"`, the blocks, or `"merged"`, the base's own attention, to which
             maps make keys and values of every layer from stored states (`dssk.models.merged`; no block is placed then).
         encode_layer: whose states are stored and read: `"last"`, after the final norm; a layer, whose input it is; a
-            share of the depth; or a list of these, one state behind the other.
+            share of the depth; or two of these, one state behind the other: `"9+18"`, or a list.
         reader_rank: width of a bottleneck that the maps of a merged reader share; `None` for full maps.
         reader_replay: layers, from `encode_layer` on, that a merged reader runs again on stored states: their
             keys and values are exact, at the cost of so many layers of a prompt; maps serve the other layers.
@@ -162,8 +162,15 @@ class CrossAttnConfig(_Base):
     @property
     def encode_layers(self) -> tuple[int, ...]:
         """The layers whose inputs are stored, `num_hidden_layers` for the state after the final norm."""
+        if isinstance(self.encode_layer, str):
+            return named_layers(self.encode_layer, self.num_hidden_layers)
         several = self.encode_layer if isinstance(self.encode_layer, list) else [self.encode_layer]
         return tuple(layer_index(layer, self.num_hidden_layers) for layer in several)
+
+    @property
+    def states_width(self) -> int:
+        """Values that are stored for each token of a context: the states of all layers, behind one another."""
+        return self.hidden_size * len(self.encode_layers)
 
     @property
     def replayed_layers(self) -> range:

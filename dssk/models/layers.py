@@ -103,7 +103,7 @@ def layer_index(encode_layer: str | int | float, num_layers: int) -> int:
         return encode_layer
     raise ValueError(
         f"encode_layer is {encode_layer!r}, want {LAST!r}, a layer from 1 to {num_layers}, or a share of the depth "
-        "between 0 and 1"
+        "between 0 and 1; a + joins two of them"
     )
 
 

@@ -97,7 +97,8 @@ class Contents:
         published = list(costs.PUBLISHED)
         own = [costs.of_model(f"this run's base, {base}", self.model.config)] if self.model else []
         return {
-            "title": f"{experiment.get('num_cross_attn_layers', '')} cross-attention blocks in {base}".strip(),
+            "title": f"{_reader(experiment)} in {base}",
+            "reader": experiment.get("reader", "cross_attention"),
             "subtitle": self.subtitle(),
             "tiles": self.tiles(),
             "controls": self.files.controls,
@@ -172,6 +173,12 @@ class Contents:
                     for row in rows.values()
                 ]
         return measured
+
+
+def _reader(experiment: dict[str, Any]) -> str:
+    if experiment.get("reader") == "merged":
+        return "A merged reader"
+    return f"{experiment.get('num_cross_attn_layers', '')} cross-attention blocks".strip()
 
 
 def _larger_base(cost: Rows) -> str:

@@ -1,7 +1,7 @@
 """Bytes of a cached context by the published formulas: values stored for each of its tokens.
 
 A KV cache holds a key and a value for each layer and KV head: `2 x layers x KV heads x head size`. This method holds
-the output of the last layer: `hidden size`. StarCoder has one KV head (multi-query attention), so its KV cache is
+the state of one layer: `hidden size` (or of two). StarCoder has one KV head (multi-query attention), so its KV cache is
 small already, and the saving in bytes is small; with a KV head for each attention head it would be `2 x layers`.
 """
 
@@ -24,6 +24,7 @@ class CacheCost:
     hidden_size: int
     num_kv_heads: int
     kv_cache_values: int
+    stored_values: int
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -31,7 +32,7 @@ class CacheCost:
 
     @property
     def stored_bytes(self) -> int:
-        return self.hidden_size * BYTES_PER_VALUE
+        return self.stored_values * BYTES_PER_VALUE
 
     @property
     def ratio(self) -> float:
@@ -41,7 +42,7 @@ class CacheCost:
     @property
     def multi_head_ratio(self) -> int:
         """`ratio` if the model had a KV head for each attention head."""
-        return 2 * self.num_layers
+        return 2 * self.num_layers * self.hidden_size // self.stored_values
 
 
 def of_model(name: str, config: PreTrainedConfig) -> CacheCost:
@@ -49,7 +50,8 @@ def of_model(name: str, config: PreTrainedConfig) -> CacheCost:
     values = kv_cache_values(config)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = values // (2 * config.num_hidden_layers * head_size)
-    return CacheCost(name, config.num_hidden_layers, config.hidden_size, heads, values)
+    stored = getattr(config, "states_width", config.hidden_size)  # a plain base keeps its last layer's states
+    return CacheCost(name, config.num_hidden_layers, config.hidden_size, heads, values, stored)
 
 
 STARCODERS = (

@@ -1,1 +1,1 @@
-"""Baselines, cost measurements, and the makers of toys and small bases. Nothing in the package imports it."""
+"""Baselines, cost measurements, and the makers of toys and small bases. Only commands import it."""

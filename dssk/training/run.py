@@ -141,6 +141,11 @@ def check_inputs(cfg: ExperimentConfig, run: RunArgs) -> Manifest:
     if cfg.distill and run.deepspeed:
         raise DsskError("distill needs the whole base on each process: train without --deepspeed")
     manifest = load_manifest(run.data_path)
+    if manifest.storage_dtype is None and not cfg.encode_online:
+        raise DsskError(
+            f"{run.data_path} holds texts and no encodings: --set encode_online=true encodes them in training, "
+            "dssk preproc without --text_only once and for all"
+        )
     if not manifest.counts.rows["val"]:
         check_without_val(cfg)
     if cfg.include_context_ids:

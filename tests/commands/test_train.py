@@ -27,6 +27,12 @@ def test_list_names_every_group(capsys):
     )
 
 
+def test_list_says_which_states_are_read(capsys):
+    of = dict(line.split(None, 1) for line in said(capsys, ["--list"], 0, groups=EXP_GROUPS).splitlines())
+    assert "merged, from states of layer last" in of["merged_tiny"]
+    assert "from states of layer 9+18, 12 layers of it run again" in of["merged_replay_two_smollm2-135m"]
+
+
 def test_list_reads_the_file_of_the_flag(here, capsys):
     layout = (
         '{"model_path": "m", "num_cross_attn_layers": 1, "cross_attn_layers_stride": 2, "context_size": 8}'

@@ -61,6 +61,15 @@ def test_raw_questions_have_the_states_that_their_store_holds(base_path, tokeniz
         torch.testing.assert_close(ours, theirs)
 
 
+def test_states_of_two_layers_are_counted_twice(base_path, tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in question_rows(2)))
+    model = fused(base_path, reader="merged", encode_layer="1+3")
+    questions = load_questions(str(file), tokenizer, model.config)
+    states = questions.states(model, [0])[0]
+    assert states.nbytes == questions.bytes_per_context_token * questions.context_tokens[0]
+
+
 def test_contexts_are_cut_to_the_models_positions(base_path, tokenizer, tmp_path):
     model = fused(base_path)
     file = tmp_path / "rows.jsonl"

@@ -19,6 +19,7 @@ from dssk.config import experiment_id
 from dssk.errors import DamagedData, Diverged, DsskError, Locked
 from dssk.hub import publish
 from dssk.hub.export import export
+from dssk.hub.model_card import Origin, model_card
 from dssk.models.weights import is_cross_attn
 from dssk.utils import files
 from tests.conftest import REPOSITORY, byte_tokenizer, experiment, fused
@@ -130,6 +131,19 @@ def test_the_card_tells_of_the_run(command, trained, base_path, store_path, tmp_
     assert "That of the base model, bigcode/starcoder." in card.text
     assert str(base_path.parent) not in card.content
     assert str(tmp_path) not in card.content
+
+
+def test_the_card_of_a_merged_reader_tells_of_maps_and_of_no_folder(base_path, tmp_path):
+    model = fused(base_path, reader="merged", encode_layer="1+3")
+    teacher = experiment(base_path, reader="merged", distill=str(tmp_path / "teacher"))
+    card = model_card("someone/mill", "cross_attention", model, Origin("base", experiment=teacher))
+    assert "frozen, with maps from stored states to keys and values that were trained" in card.text
+    assert "128 bytes a token in bfloat16" in card.text
+    assert "It takes its places, as in a prompt, among" in card.text
+    assert "blocks" not in card.text.partition("## Training")[0]
+    assert "| distill | teacher |" in card.text
+    assert str(tmp_path) not in card.content
+    assert "merged" in card.data.tags
 
 
 def test_scores_belong_to_what_was_scored(command, trained, tmp_path):

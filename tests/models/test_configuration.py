@@ -59,6 +59,14 @@ def test_the_old_name_of_the_number_of_layers_is_read(tmp_path):
     assert CrossAttnGPTBigCodeConfig.from_pretrained(tmp_path).num_cross_attn_layers == 3
 
 
+def test_two_layers_are_a_list_or_what_the_commands_call_them():
+    named, listed = (config(reader="merged", encode_layer=layers) for layers in ("1+last", [1, "last"]))
+    assert named.encode_layers == listed.encode_layers == (1, named.num_hidden_layers)
+    assert named.states_width == 2 * config().states_width == 64
+    with pytest.raises(ValueError, match=r"encode_layer is 99, want .* a \+ joins two of them"):
+        config(reader="merged", encode_layer="1+99")
+
+
 def test_width_and_heads_default_to_the_decoders():
     made = config()
     assert (made.cross_attn_hidden_size, made.cross_attn_num_attention_heads) == (32, 4)

@@ -39,6 +39,15 @@ def test_old_scores_without_intervals_are_shown(tmp_path):
     assert set(made.figures()) == {"scores"}
 
 
+def test_the_title_says_what_reads(tmp_path):
+    for experiment, title in (
+        ({"num_cross_attn_layers": 6}, "6 cross-attention blocks in b"),
+        ({"num_cross_attn_layers": 6, "reader": "merged"}, "A merged reader in b"),
+    ):
+        made = contents(folder=tmp_path, experiment={"model_path": "a/b", **experiment})
+        assert made.parts("run")["title"] == title
+
+
 def test_hints_can_be_pasted(tmp_path):
     """Whatever the folders are called: each word arrives as it is, and a store that lies where it should is named."""
     run = tmp_path / "my runs; $HOME" / "run"

@@ -146,9 +146,7 @@ def test_the_sets_of_the_hub_are_named_as_sources():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variables", ["", "GROUP=merged_replay_two_smollm2-135m LAYERS=9+18 LONGEST=2400 ALL=1"]
-)
+@pytest.mark.parametrize("variables", ["", "GROUP=merged_replay_two_smollm2-135m LONGEST=2400 ALL=1"])
 def test_make_real_goes_the_whole_road_and_on_from_where_it_was(
     variables, small, folder, tmp_path, monkeypatch, capsys
 ):

@@ -133,6 +133,12 @@ def test_encoding_in_the_training_step_equals_stored_encodings(run, store_path, 
     assert online == pytest.approx(stored, abs=0.02)  # what is stored is rounded to bfloat16
 
 
+def test_a_store_of_texts_alone_is_refused_with_what_to_do(run, base_path, tmp_path):
+    texts = encode_rows(base_path, tmp_path, question_rows(8), "--text_only")
+    with pytest.raises(DsskError, match="holds texts and no encodings: --set encode_online=true"):
+        run("--steps", "1", data_path=texts, encode_online=False)
+
+
 def test_a_fused_model_of_mixed_precision_reads_what_its_base_encoded(run, base_path, store_path, tmp_path):
     """The base in it is rounded to bfloat16, and has another fingerprint."""
     final = run("--steps", "1", "--log_every", "1", bf16=True) / "final"
