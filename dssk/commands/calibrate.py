@@ -2,7 +2,7 @@
 
     dssk calibrate --base smollm2 --text squad.jsonl.gz notes.txt --encode_layer auto --output calibrated
 
-writes the base with its merged reader, ready to be asked, evaluated or trained; calibration.json, with the score of
+writes the base with its merged reader, ready to be asked, evaluated or published; calibration.json, with the score of
 each layer that was tried; and layers.png, the curve. Texts are files of paragraphs (.txt, blank lines between them) or
 rows with a "context" (JSONL, CSV, Parquet, ...); some are held out to score the layers.
 """
@@ -35,19 +35,22 @@ def calibrate(args: argparse.Namespace) -> None:
     """Run `dssk calibrate`."""
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
+    from dssk.checkpoint import finish_checkpoint
     from dssk.inference.calibrate import calibrated, divided, first_tokens, scan
     from dssk.inference.loading import device, load_base
     from dssk.inference.rounding import TORCH_DTYPES
     from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
+    from dssk.models.shapes import window
     from dssk.utils.console import quiet_libraries
     from dssk.utils.files import atomic_folder
 
     quiet_libraries()
     tokenizer = load_tokenizer(args.base, args.revision)
     texts = tokenize_contexts(tokenizer, list(read_texts(args.text)))
-    fitted, held_out = divided([ids[: args.text_tokens] for ids in texts], args.held_out)
     dtype = args.dtype if args.dtype == AUTO else TORCH_DTYPES[args.dtype]
     base = load_base(args.base, args.revision, dtype=dtype, device=device())
+    longest = min(args.text_tokens, window(base.config))
+    fitted, held_out = divided([ids[:longest] for ids in texts], args.held_out)
     candidates = to_candidates(args.encode_layer, base.config.get_text_config().num_hidden_layers)
     found = scan(
         base,
@@ -59,11 +62,14 @@ def calibrate(args: argparse.Namespace) -> None:
         report=say,
     )
     del base
-    model = calibrated(found, args.base, revision=args.revision, dtype=dtype)
+    model = calibrated(
+        found, args.base, revision=args.revision, dtype=AUTO
+    )  # as the base is, whatever computed
     with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_report(found, args.storage_dtype, folder)
+        finish_checkpoint(folder, {"fused": True})
     print(summary(found, args.output))
 
 

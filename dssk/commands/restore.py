@@ -62,8 +62,18 @@ def find_states(args: Namespace, model: Any, tokenizer: Any) -> "list[torch.Tens
         return [library.get(id).encoder_hidden_states for id in args.context_id]
     from dssk.demo.asking import read_text
     from dssk.inference.encoding import Encoder
+    from dssk.inference.tokenizer import tokenize_contexts
+    from dssk.models.shapes import window
 
-    return Encoder(model, tokenizer).encode([read_text(path) for path in args.context])
+    texts = [read_text(path) for path in args.context]
+    tokens, positions = tokenize_contexts(tokenizer, texts), window(model.config)
+    for path, ids in zip(args.context, tokens, strict=True):
+        if len(ids) >= positions:
+            raise DsskError(
+                f"--context {path} has {len(ids):,} tokens, of the model's {positions:,} positions none is left to a "
+                "text: divide it, or take passages of a library"
+            )
+    return Encoder(model, tokenizer, maximum_input_length=positions).encode(texts, input_ids=tokens)
 
 
 def build_parser() -> Parser:

@@ -349,6 +349,8 @@ def run_args(parser: Parser, namespace: argparse.Namespace) -> RunArgs:
     """The flags of a run, checked against each other."""
     if (namespace.exp_group is None) == (namespace.exp_id is None):
         parser.error("want one of --exp_group and --exp_id")
+    if namespace.exp_id and namespace.overrides:
+        parser.error("--set changes an experiment of --exp_group: that of --exp_id is stored as it is")
     if bool(namespace.wandb_entity_name) != bool(namespace.wandb_project_name):
         parser.error("logging to Weights & Biases needs both --wandb_entity_name and --wandb_project_name")
     return RunArgs(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(RunArgs)})

@@ -1,11 +1,12 @@
 """Encoded rows as training examples: what the decoder reads, what it must predict, what it attends to."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dssk import prompts
 from dssk.config import ExperimentConfig
@@ -22,6 +23,7 @@ from dssk.inference.tokenizer import (
     tokenize_question_after_context,
 )
 from dssk.models.loss import IGNORED
+from dssk.models.shapes import context_window, window
 from dssk.store.dataset import StoredContexts
 
 
@@ -67,10 +69,18 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         cfg: ExperimentConfig,
         training: bool,
         contexts: StoredContexts | None = None,
+        config: PreTrainedConfig | None = None,
     ):
-        """`contexts` are those of the store; needed if questions read several."""
+        """`contexts` are those of the store; needed if questions read several.
+
+        By the model's `config` a text behind a merged reader's context is cut to the positions that are left.
+        """
         self.rows = rows
         self.contexts = contexts
+        size = cfg.context_size
+        self.context_size, self.positions = size, 2 * size  # of a context; of it and the text behind it
+        if config is not None and cfg.reader == "merged":
+            self.context_size, self.positions = min(size, context_window(config)), window(config)
         self.tokenizer = tokenizer
         self.cfg = cfg
         self.training = training
@@ -125,31 +135,40 @@ class CrossAttnDataset(torch.utils.data.Dataset):
             row, numbers = self._with_others(self.kinds[kind], number, row, batch, rng)
         make = {"questions": self._question, "documents": self._document, "contexts": self._context}
         text: _Text = make[self.kinds[kind]](row, rng)
-        size = self.cfg.context_size
-        example: dict[str, Any] = {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
-        example["context"] = row["context"]
+        example: dict[str, Any] = {"context": row["context"]}
         if numbers:
-            return example | {"contexts": [(number, self._numbered(number)) for number in numbers]}
-        seen = min(size, text.seen or size)
+            example["contexts"] = [(number, self._numbered(number)) for number in numbers]
+            size = self._room(max(len(context) for _, context in example["contexts"]))
+            return example | {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
+        context: Sequence[Any] = []
         if self.cfg.encode_online or self.distils:
-            example["context_input_ids"] = tokenize_context(self.tokenizer, row["context"])[:seen]
+            context = example["context_input_ids"] = self._tokens(row)[: text.seen]
         if not self.cfg.encode_online:
-            example["encoder_hidden_states"] = row["encoder_hidden_states"][:seen]
+            context = row["encoder_hidden_states"][: self.context_size][: text.seen]
+            example["encoder_hidden_states"] = context
+        size = self._room(len(context))
+        example |= {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
         if self.distils:
             cut = max(0, len(text.input_ids) - size)
             example["teacher_input_ids"] = text.prompted[: len(text.prompted) - cut]
             example["taught"], example["teacher_share"] = max(0, text.taught - cut), text.share
         return example
 
-    def _tokens(self, context: str) -> list[int]:
-        return tokenize_context(self.tokenizer, context)[: self.cfg.context_size]
+    def _tokens(self, row: dict[str, Any]) -> list[int]:
+        """Of a row's context as much as is read: what a store cut off (`--truncate`) has no states."""
+        tokens = tokenize_context(self.tokenizer, row["context"])[: self.context_size]
+        return tokens if self.cfg.encode_online else tokens[: len(row["encoder_hidden_states"])]
+
+    def _room(self, context_tokens: int) -> int:
+        """How long a text behind a context may be."""
+        return min(self.cfg.context_size, self.positions - context_tokens)
 
     def _numbered(self, number: int) -> Any:
         """A context by its number in the store: its states, or its tokens with `encode_online`."""
         assert self.contexts is not None
         if self.cfg.encode_online:
-            return self._tokens(self.contexts.text(number))
-        return self.contexts.states(number)[: self.cfg.context_size]
+            return tokenize_context(self.tokenizer, self.contexts.text(number))[: self.context_size]
+        return self.contexts.states(number)[: self.context_size]
 
     def _with_others(
         self, kind: str, number: int, row: dict[str, Any], batch: list[int], rng: np.random.Generator
@@ -182,7 +201,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         return _Text(input_ids, labels, prompted=asked + answer, taught=len(answer), share=TUNED_SHARE)
 
     def _document(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
-        tokens = tokenize_context(self.tokenizer, row["context"])[: self.cfg.context_size]
+        tokens = self._tokens(row)
         seen = round(rng.uniform(SPLIT_FROM, SPLIT_TO) * len(tokens))
         seen = min(max(seen, self.num_leading + 1), len(tokens) - 1)
         rest = tokens[seen:]

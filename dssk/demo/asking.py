@@ -16,7 +16,7 @@ from dssk.inference.generation import answer_in
 from dssk.inference.loading import FusedModel, device, load_model
 from dssk.inference.passages import Splitter
 from dssk.inference.tokenizer import tokenize_context
-from dssk.models.shapes import window
+from dssk.models.shapes import context_window
 from dssk.store.library import Context, ContextLibrary
 from dssk.store.search import WordIndex
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
@@ -54,7 +54,12 @@ def ask(
         contexts.check_model(checkpoint)
         retriever = Retriever(contexts, context_id, k or 1)
     else:
-        splitter = Splitter(passage_tokens or window(model.config), overlap)
+        longest = context_window(model.config)
+        if passage_tokens and passage_tokens > longest:
+            raise DsskError(
+                f"--passage_tokens {passage_tokens} is more than the {longest} that the model reads: lower it"
+            )
+        splitter = Splitter(passage_tokens or longest, overlap)
         retriever = Retriever.of_texts(model, tokenizer, texts, splitter, truncate, k)
     if not (input or question):
         converse(model, tokenizer, retriever, sys.stdin, max_new_tokens)

@@ -21,7 +21,7 @@ from dssk.inference.encoding import Encoder
 from dssk.inference.loading import FusedModel, find_encode_layer, find_encoder
 from dssk.inference.rounding import DEFAULT_STORAGE, encoding_bytes
 from dssk.inference.tokenizer import tokenize_contexts
-from dssk.models.shapes import window
+from dssk.models.shapes import context_window
 from dssk.store.dataset import load_contexts, load_rows
 from dssk.store.manifest import MANIFEST
 from dssk.store.opening import check_model, load_manifest
@@ -191,7 +191,7 @@ def _encoded_later(
     fingerprint: str,
     pool: ContextPool | None,
 ) -> QuestionSet:
-    longest = window(config)
+    longest = context_window(config)
     ids = [tokens[:longest] for tokens in tokenize_contexts(tokenizer, [row.context for row in rows])]
     num_bytes = encoding_bytes(DEFAULT_STORAGE, config.states_width)
     lengths = [len(tokens) for tokens in ids]

@@ -20,7 +20,7 @@ from dssk.inference.passages import Passage, Splitter, passages_of
 from dssk.inference.tokenizer import load_tokenizer, tokenize_question
 from dssk.models.modeling import CONTEXT_ARGUMENTS
 from dssk.models.modeling import Context as Projected
-from dssk.models.shapes import window
+from dssk.models.shapes import context_window, window
 from dssk.utils.defaults import BATCH_SIZE, MAX_NEW_TOKENS
 
 Context = str | torch.Tensor  # a text, or its encoder states (S, d)
@@ -203,11 +203,11 @@ def encode_passages(
     truncate: bool = False,
     splitter: Splitter | None = None,
 ) -> list[list[tuple[torch.Tensor, Passage]]]:
-    """The passages of each text with their states; by default as long as the model's window.
+    """The passages of each text with their states; by default as long as the model reads.
 
-    With `truncate` each text is one passage, of which the model's window is read.
+    With `truncate` each text is one passage, of which as much is read.
     """
-    splitter = None if truncate else splitter or Splitter(window(model.config))
+    splitter = None if truncate else splitter or Splitter(context_window(model.config))
     cut = [passages_of(splitter, tokenizer, text) for text in texts]
     states = iter(Encoder(model, tokenizer).encode([passage.text for several in cut for passage in several]))
     return [[(next(states), passage) for passage in several] for several in cut]

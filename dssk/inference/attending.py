@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dssk import prompts
@@ -67,10 +68,12 @@ def attend(
         )
     merged = model.config.reader == "merged"
     found = outputs.attentions if merged else outputs.cross_attentions
-    # The first token is predicted at the prompt's last position. Merged, the context stands before the text.
-    weights = torch.stack(
-        [layer[0, :, len(prompt) - 1 :, : sum(map(len, several))].float() for layer in found]
-    )
+    # Merged, the context stands before the text, and of a long one a sliding window has the end alone.
+    text_tokens, tokens = len(prompt) + len(target) - 1, sum(map(len, several))
+    seen = [layer[0, ..., : layer.shape[-1] - text_tokens] if merged else layer[0] for layer in found]
+    padded = [nn.functional.pad(layer, (tokens - layer.shape[-1], 0)) for layer in seen]
+    # The first token is predicted at the prompt's last position.
+    weights = torch.stack([layer[:, len(prompt) - 1 :].float() for layer in padded])
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12) if merged else weights
     layers = model.config.reading_layers
     return Attention(weights.cpu(), layers, _pieces(tokenizer, prompts.answer(answer)))

@@ -95,7 +95,7 @@ def fit(
         first[:, 0] = True
         weights = 1 + (FIRST_TOKEN_WEIGHT - 1) * first[mask].float()
         for candidate, equations in sums.items():
-            stored = torch.cat([rounded(states[layer][mask], storage_dtype) for layer in candidate], -1)
+            stored = rounded(torch.cat([states[layer][mask] for layer in candidate], -1), storage_dtype)
             equations.add(normalized(stored.float(), len(candidate)), mapped[mask], weights)
     return sums
 
@@ -198,6 +198,9 @@ def scan(
 
 def reader_for(base: PreTrainedModel, layers: Layers, rank: int | None = None) -> MergedReader:
     """A reader of these layers' states, its maps not yet fitted. Raises `DsskError` if the base cannot have one."""
+    values = len(layers) * base.config.get_text_config().hidden_size
+    if rank is not None and rank > values:
+        raise DsskError(f"--rank {rank} is more than the {values} values of a state: lower it")
     try:
         reader = MergedReader(base.base_model, len(layers), rank).to(base.device)
         reader.find_rows(base.base_model)
@@ -225,9 +228,11 @@ def encode(
     """The states (S, i) of a text, for each candidate, as they come back from a store."""
     wanted = sorted({layer for candidate in candidates for layer in candidate})
     states, _ = encode_states(base.base_model, torch.tensor([list(text)], device=base.device), None, wanted)
-    parts = states[0].unflatten(-1, (len(wanted), -1)).unbind(1)
-    stored = {layer: rounded(part, storage_dtype) for layer, part in zip(wanted, parts, strict=True)}
-    return {candidate: torch.cat([stored[layer] for layer in candidate], -1) for candidate in candidates}
+    parts = dict(zip(wanted, states[0].unflatten(-1, (len(wanted), -1)).unbind(1), strict=True))
+    return {
+        candidate: rounded(torch.cat([parts[layer] for layer in candidate], -1), storage_dtype)
+        for candidate in candidates
+    }
 
 
 @torch.no_grad()

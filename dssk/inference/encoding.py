@@ -15,7 +15,7 @@ from dssk.inference.batching import length_batches, length_mask, pad_tokens
 from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype, dequantize, quantize
 from dssk.inference.tokenizer import tokenize_contexts
 from dssk.models.layers import encode_states
-from dssk.models.shapes import window
+from dssk.models.shapes import context_window
 
 BATCH_SIZE, BATCH_TOKENS = 32, 16384  # of a batch that is encoded
 _PAD_ID = 0  # padding is masked, so any token does
@@ -64,7 +64,7 @@ class Encoder:
         self.model = model
         self.tokenizer = tokenizer
         self.storage_dtype: StorageDtype = storage_dtype
-        self.maximum_input_length = maximum_input_length or window(model.config)
+        self.maximum_input_length = maximum_input_length or context_window(model.config)
         self.layers = tuple(getattr(model.config, "encode_layers", ()) if layers is None else layers)
         self.out_of_memory_splits = 0
 

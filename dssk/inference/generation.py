@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dssk.errors import DsskError
 from dssk.inference.batching import length_mask, pack_states, pad_states, pad_tokens
 from dssk.models.loss import IGNORED
+from dssk.models.merged import MergedContext
 from dssk.models.modeling import CONTEXT_ARGUMENTS, CrossAttnForCausalLM
+from dssk.models.shapes import window
 from dssk.utils.defaults import MAX_NEW_TOKENS
 
 Tokens = list[int]
@@ -51,7 +54,7 @@ def generate_batch(
 
     What the model's own generation_config.json says does not count, for sampling neither: name all that is wanted.
     `prefixes` stand before the prompts, and `past_key_values` among `settings` holds what the model made of them,
-    padded on the left.
+    padded on the left. Behind a merged reader's context no more is generated than the model has positions.
     """
     check_context(model, settings)
     input_ids, mask = _pad_left(tokenizer, prefixes, prompted)
@@ -59,6 +62,9 @@ def generate_batch(
     given = settings.pop("generation_config", None)
     how = greedy(max_new_tokens, **ends | ({} if given is None else given.to_diff_dict()))
     more = how.update(**settings)
+    if isinstance(context := settings.get("context"), MergedContext):
+        left = positions_left(model, context, [len(tokens) + 1 for tokens in prompted])
+        how.max_new_tokens = min(how.max_new_tokens, left + 1)
     generated = model.generate(
         input_ids.to(model.device),
         attention_mask=mask.long().to(model.device),
@@ -84,9 +90,11 @@ def nll_batch(
     **kwargs: Any,
 ) -> list[float]:
     """Mean negative log-likelihood of the tokens of B targets after their prompts, in nats a token."""
-    check_context(model, kwargs)
     # Padded on the left all targets end together, so only the last positions need logits.
     whole = [prompt + target for prompt, target in zip(prompted, targets, strict=True)]
+    check_context(model, kwargs)
+    if isinstance(context := kwargs.get("context"), MergedContext):
+        positions_left(model, context, list(map(len, whole)))
     input_ids, mask = _pad_left(tokenizer, prefixes, whole)
     labels = pad_tokens(targets, IGNORED, left=True).to(model.device)
     known = max(map(len, prefixes)) if prefixes else 0  # positions that are in the cache
@@ -129,6 +137,19 @@ def check_context(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     given = [name for name in CONTEXT_ARGUMENTS if arguments.get(name) is not None]
     if given and not isinstance(model, CrossAttnForCausalLM):
         raise ValueError(f"got {given[0]} for a {type(model).__name__}, which has no blocks to read it with")
+
+
+def positions_left(model: PreTrainedModel, context: MergedContext, text_tokens: Sequence[int]) -> int:
+    """Positions that contexts and B texts of so many tokens leave. Raises `DsskError` if these are too long."""
+    before, positions = context.lengths.cpu().expand(len(text_tokens)), window(model.config)
+    taken = before + torch.tensor(text_tokens)
+    if taken.max() > positions:
+        row = int(taken.argmax())
+        raise DsskError(
+            f"a context of {before[row]} tokens and {text_tokens[row]} of a question and its answer are more than the "
+            f"model's {positions} positions: cut contexts into shorter passages (--passage_tokens)"
+        )
+    return positions - int(taken.max())
 
 
 def _pad_left(

@@ -150,6 +150,12 @@ class CrossAttnConfig(_Base):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(choices)}")
 
+        if not self.encode_layers:
+            raise ValueError(f"encode_layer is {self.encode_layer}, want at least one layer")
+        if self.reader_rank is not None and self.reader_rank > self.states_width:
+            raise ValueError(
+                f"reader_rank is {self.reader_rank}, more than the {self.states_width} values of a state"
+            )
         if len(self.encode_layers) > 1 and self.reader == "cross_attention":
             raise ValueError(f"encode_layer is {self.encode_layer}, blocks read one layer's states: want one")
         most = self.num_hidden_layers - self.encode_layers[-1] if self.reader == "merged" else 0

@@ -22,6 +22,15 @@ def window(config: PretrainedConfig) -> int:
     return UNBOUNDED
 
 
+def context_window(config: PretrainedConfig) -> int:
+    """Tokens that a context may have by default: all positions, of which a merged reader leaves a quarter to the text.
+
+    Blocks give a context none of the decoder's positions, where a merged reader's text goes on behind it.
+    """
+    positions = window(config)
+    return positions - positions // 4 if getattr(config, "reader", None) == "merged" else positions
+
+
 def kv_cache_values(config: PretrainedConfig) -> int:
     """Keys and values that a KV cache holds for each token, over all layers.
 

@@ -116,19 +116,24 @@ class Systems:
         """Settings of a system's fine-tuning: by default as many steps and rows a step as the checkpoint's."""
         wanted, experiment = self.wanted, self._experiment
         method = _METHODS[system]
-        rows = experiment.get("train_batch_size", 32) * experiment.get("skip_steps", 1)
+        rows = wanted.batch_size or experiment.get("train_batch_size", 32) * experiment.get("skip_steps", 1)
+        together = experiment.get("questions_per_context", 1)
+        if rows % together:
+            raise DsskError(
+                f"--batch_size {rows} is no multiple of the checkpoint's questions_per_context {together}"
+            )
         return FineTuning(
             method=method,  # type: ignore[arg-type]
             base=self.base_fingerprint,
             data=self.train_questions.fingerprint,
             loss_on=experiment.get("loss_on", "all"),
             steps=wanted.steps or (wanted.minutes and MOST_STEPS) or experiment.get("step") or 1000,
-            batch_size=wanted.batch_size or rows,
+            batch_size=rows,
             learning_rate=wanted.learning_rate
             or RATE_FACTORS[method] * experiment.get("learning_rate", 1e-3),
             lora_rank=wanted.lora_rank,
             seed=wanted.seed,
-            questions_per_context=experiment.get("questions_per_context", 1),
+            questions_per_context=together,
             minutes=wanted.minutes,
             bf16=experiment.get("bf16", False),
         )

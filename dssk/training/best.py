@@ -11,8 +11,10 @@ def evaluations(history: History) -> History:
 
 
 def best_evaluation(history: History) -> dict[str, Any] | None:
-    """The evaluation of the highest F1, among equals (or without F1) of the lowest loss; the first of equals."""
-    return max(evaluations(history), key=lambda e: (e.get("eval_f1", 0.0), -e["eval_loss"]), default=None)
+    """The evaluation of the highest F1, among equals (or if one has no F1) of the lowest loss; the first of equals."""
+    seen = evaluations(history)
+    answered = all("eval_f1" in entry for entry in seen)
+    return max(seen, key=lambda e: (e["eval_f1"] if answered else 0.0, -e["eval_loss"]), default=None)
 
 
 def evaluations_since_best(history: History) -> int:

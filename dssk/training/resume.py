@@ -66,10 +66,12 @@ def _check_facts(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, An
 
 
 def _finished(checkpoint: Path, run: RunArgs, cfg: ExperimentConfig) -> str:
-    step = checkpoint_step(checkpoint)
+    step, state = checkpoint_step(checkpoint), load_run_state(checkpoint)
+    if state.get("evaluation_due"):
+        return ""
     if step >= run.steps:
         return f"finished: step {step} of {run.steps}; more --steps go on from there, -r 1 starts afresh"
-    used = load_run_state(checkpoint).get("cpu_seconds", 0.0) / 60
+    used = state.get("cpu_seconds", 0.0) / 60
     if run.minutes is not None and used >= run.minutes:
         return (
             f"finished: step {step}, {used:.1f} CPU minutes of {run.minutes:g}; more --minutes go on from there, -r 1 "

@@ -45,6 +45,7 @@ from dssk.inference.base_init import base_init_, check_base_init
 from dssk.inference.calibrate import fit_reader
 from dssk.inference.fingerprint import model_fingerprint
 from dssk.inference.loading import is_adapters, load_base_config, load_tuned
+from dssk.inference.rounding import DEFAULT_STORAGE, StorageDtype
 from dssk.inference.tokenizer import load_tokenizer, tokenize_context
 from dssk.models.configuration import BASE, COPYING
 from dssk.models.copy_init import check_copy_init, copy_init_
@@ -226,9 +227,9 @@ def build_trainer(
     model = build_model(cfg, tokenizer)
     rows = load_rows(run.data_path)
     if start.checkpoint is None:  # a checkpoint holds all that this gives
-        start_reader(
-            model.to(arguments.device), cfg, distinct_contexts(rows["train"], tokenizer, cfg.context_size)
-        )
+        texts = distinct_contexts(rows["train"], tokenizer, cfg.context_size)
+        stored = None if cfg.encode_online else load_manifest(run.data_path).storage_dtype
+        start_reader(model.to(arguments.device), cfg, texts, stored or DEFAULT_STORAGE)
     teacher = None
     if cfg.distill:
         model.to(arguments.device)  # before the teacher shares its weights
@@ -242,8 +243,8 @@ def build_trainer(
     trainer = CrossAttnTrainer(
         model=model,
         args=arguments,
-        train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, True, contexts),
-        eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, False, contexts),
+        train_dataset=CrossAttnDataset(rows["train"], tokenizer, cfg, True, contexts, model.config),
+        eval_dataset=CrossAttnDataset(rows["val"], tokenizer, cfg, False, contexts, model.config),
         data_collator=Collator(tokenizer.pad_token_id, share_contexts=cfg.questions_per_context > 1),
         processing_class=tokenizer,
         callbacks=[MetricsFile(), Progress(budget), StopAtBudget(budget), StopOnSignal(stop)],
@@ -264,14 +265,19 @@ def build_trainer(
     return trainer
 
 
-def start_reader(model: CrossAttnForCausalLM, cfg: ExperimentConfig, contexts: Iterator[list[int]]) -> None:
-    """Give a reader the start that its experiment asks for, on contexts of the training set."""
+def start_reader(
+    model: CrossAttnForCausalLM,
+    cfg: ExperimentConfig,
+    contexts: Iterator[list[int]],
+    storage_dtype: StorageDtype = DEFAULT_STORAGE,
+) -> None:
+    """Give a reader the start that its experiment asks for, on contexts of the training set as they are stored."""
     if block_start(cfg) in COPYING:
         copy_init_(model, contexts, cfg.seed)
     if block_start(cfg) == BASE:
-        base_init_(model, contexts)
+        base_init_(model, contexts, storage_dtype)
     if cfg.reader == "merged":
-        fit_reader(model, contexts)
+        fit_reader(model, contexts, storage_dtype)
 
 
 def find_teacher(cfg: ExperimentConfig, model: CrossAttnForCausalLM) -> PreTrainedModel:

@@ -115,7 +115,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def gather_run_state(trainer: Any) -> dict[str, Any]:
     """Everything else that decides how training goes on, as JSON values."""
     scaler = getattr(trainer.accelerator, "scaler", None)
-    used = {} if trainer.budget.limit is None else {"cpu_seconds": round(trainer.budget.used, 3)}
+    budget = trainer.budget
+    used = {"cpu_seconds": round(budget.used, 3)} if budget.limit is not None or budget.before else {}
     return used | {
         "learning_rates": [group["lr"] for group in trainer.optimizer.param_groups],
         "scheduler": trainer.lr_scheduler.state_dict(),

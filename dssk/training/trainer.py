@@ -149,7 +149,8 @@ class CrossAttnTrainer(ResumableTrainer):
         """Make the evaluation that the last start was stopped in."""
         self._evaluate(None, None)
         self.evaluation_due = False
-        if self.control.should_training_stop:  # no better than those before it
+        ended = self.state.global_step >= self.state.max_steps or self.budget.share >= 1
+        if ended or self.control.should_training_stop:  # no better than those before it
             self._save_checkpoint(self.model, None)
             raise LeaveTraining
 

@@ -101,6 +101,9 @@ def test_a_long_text_is_read_as_passages_that_answers_name(command, model, token
     best = json.loads(command(*flags, "--k", 1, "--passage_tokens", 60))
     (source,) = best["sources"]
     assert "number 17" in LONG[source["start"] : source["end"]]
+    assert "--passage_tokens 257 is more than the 256 that" in command(
+        *flags, "--passage_tokens", 257, code=2
+    )
     library = ["--library", "x", "--question", "q", "--truncate"]
     assert "are for --context" in command(*library, code=2)
 

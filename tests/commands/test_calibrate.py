@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache, GPTBigCodeForCausalLM
 
-from dssk.commands import calibrate, restore
+from dssk.commands import calibrate, publish, restore
 from dssk.errors import DsskError
 from dssk.inference.calibrate import LayerScore, Scan
-from dssk.inference.loading import load_model
+from dssk.inference.loading import load_base, load_model
 from dssk.inference.tokenizer import tokenize_context
 
 WORDS = "mill river amber falls stone bridge old town was built near the by a".split()
@@ -56,6 +56,25 @@ def test_a_calibrated_base_is_a_model_that_reads_with_its_best_layer(calibrated)
     assert model.generate(text, context=context, max_new_tokens=3, min_new_tokens=3).shape == (1, 12)
 
 
+def test_a_calibrated_base_is_as_its_base_and_can_be_published(base_path, texts, tmp_path):
+    """Texts as long as the base reads; computed in another type than the base has."""
+    (tmp_path / "long.txt").write_text("\n\n".join(3 * paragraph(seed) for seed in range(60, 66)))
+    output, files = tmp_path / "out", ["--text", str(tmp_path / "long.txt")]
+    calibrate.main(
+        ["--base", str(base_path), *files, "--output", str(output), "--dtype", "bf16", "--encode_layer", "2"]
+    )
+    assert load_model(output)[0].dtype == load_base(str(base_path)).dtype
+    publish.main(["--checkpoint", str(output), "--repo", "someone/mill", "--output", str(tmp_path / "card")])
+    assert (tmp_path / "card" / "README.md").is_file()
+
+
+def test_a_text_that_is_too_long_for_a_cache_is_refused(calibrated, tmp_path):
+    (tmp_path / "long.txt").write_text(paragraph(1) * 5)
+    flags = ["--checkpoint", str(calibrated), "--context", str(tmp_path / "long.txt")]
+    with pytest.raises(DsskError, match=r"has [\d,]+ tokens, of the model's 256 positions none is left"):
+        restore.main([*flags, "--output", str(tmp_path / "cache.safetensors")])
+
+
 @torch.no_grad()
 def test_a_restored_cache_gives_a_plain_model_our_logits(calibrated, base_path, tmp_path):
     (tmp_path / "a.txt").write_text(paragraph(51))
@@ -78,7 +97,9 @@ def test_a_restored_cache_gives_a_plain_model_our_logits(calibrated, base_path, 
     from dssk.inference.batching import pad_states
     from dssk.inference.encoding import Encoder
 
-    states, mask = pad_states(Encoder(model, tokenizer).encode([paragraph(51), paragraph(52)[:60]]))
+    states, mask = pad_states(
+        Encoder(model, tokenizer, maximum_input_length=256).encode([paragraph(51), paragraph(52)[:60]])
+    )
     torch.testing.assert_close(
         got, model(text, encoder_hidden_states=states, encoder_attention_mask=mask).logits
     )
@@ -92,6 +113,7 @@ def test_what_cannot_be_is_refused_in_one_line(base_path, texts, calibrated, tmp
         (["--encode_layer", "1+auto"], "encode_layer is .auto., want .last., a layer from 1 to 4"),
         (["--text", str(tmp_path / "none.txt")], "no such file"),
         (["--output", str(calibrated)], "is not empty"),
+        (["--encode_layer", "1+2", "--rank", "65"], "--rank 65 is more than the 64 values of a state"),
     ):
         with pytest.raises(DsskError, match=message):
             calibrate.main([*flags, *more])

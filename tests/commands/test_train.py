@@ -44,6 +44,13 @@ def test_list_reads_the_file_of_the_flag(here, capsys):
     assert said(capsys, ["--list", "--exp_configs", "mine.py"], 0, groups=EXP_GROUPS) == expected
 
 
+def test_an_experiment_that_is_stored_takes_no_changes(here, capsys):
+    words = ["--exp_id", "0" * 32, "-sb", "runs", "--data_path", "data", "--set", "learning_rate=1"]
+    with pytest.raises(SystemExit):
+        train.main(words)
+    assert "--set changes an experiment of --exp_group" in capsys.readouterr().err
+
+
 def test_a_flag_without_its_value_is_one_line(here, capsys):
     with pytest.raises(SystemExit):
         train.main([*RUN, "--exp_configs"])

@@ -16,7 +16,7 @@ from dssk.inference.batching import length_mask, pad_states, pad_tokens
 from dssk.inference.tokenizer import load_tokenizer
 from dssk.models.loss import IGNORED
 from dssk.store.dataset import load_contexts, load_rows
-from tests.conftest import byte_tokenizer, experiment
+from tests.conftest import byte_tokenizer, experiment, fused
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,36 @@ def test_text_and_states_are_cut_to_the_context_size(make):
         example = make(include_context_ids=True, context_size=12)[index]
         assert len(example["input_ids"]) == len(example["labels"]) <= 12
         assert len(example["encoder_hidden_states"]) <= 12
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_text_behind_a_merged_context_has_the_positions_that_are_left(rows, tokenizer, base_path, online):
+    model = fused(base_path, reader="merged", encode_layer=2)
+    model.config.n_positions = 64
+    cfg = parse_experiment(experiment(base_path, reader="merged", context_size=64, encode_online=online))
+    for config, longest in ((model.config, 48), (None, 64)):
+        dataset = CrossAttnDataset(rows, tokenizer, cfg, True, None, config)
+        for row in rows.select(range(4)):
+            row["context"], row["encoder_hidden_states"] = "a" * 41, torch.zeros(50, 32)
+            dataset.rows = [row]
+            example = dataset[0]
+            read = len(example["context_input_ids" if online else "encoder_hidden_states"])
+            assert read == min(50, longest)
+            assert len(example["input_ids"]) == len(example["labels"])
+            assert config is None or len(example["input_ids"]) <= 64 - read
+
+
+def test_what_a_store_cut_off_is_neither_read_nor_taught(rows, tokenizer, base_path):
+    """A store of `--truncate` has no states of the rest."""
+    cfg = parse_experiment(experiment(base_path, train_on="documents", distill=True))
+    dataset = CrossAttnDataset(rows, tokenizer, cfg, training=True)
+    row = rows[0]
+    row["encoder_hidden_states"] = row["encoder_hidden_states"][:20]
+    dataset.rows = [row]
+    example = dataset[0]
+    read = len(example["context_input_ids"])
+    assert len(example["encoder_hidden_states"]) == read
+    assert read + len(example["input_ids"]) == 20
 
 
 def test_a_cut_context_keeps_its_fill_in_the_middle_markers(make, rows):

@@ -17,6 +17,7 @@ from dssk.inference.calibrate import (
     reader_for,
     scan,
 )
+from dssk.inference.encoding import Encoder
 from dssk.models.merged import arguments, read_context
 from tests.models.test_merged import ids, make_model
 
@@ -145,6 +146,16 @@ def test_states_are_fitted_as_they_are_stored():
         load_maps(reader, fit(model, reader, texts(6), [(2,)], dtype)[(2,)])
         maps[dtype] = reader.up.weight.detach().clone()
     assert not torch.equal(maps["fp32"], maps["int8"])
+
+
+def test_states_of_two_layers_are_scored_as_a_store_keeps_them():
+    """In int8 they share a scale: rounded each by itself they would look better than they are."""
+    model = make_model("llama", max_position_embeddings=256)
+    with torch.no_grad():  # so that the second state is the larger one by far
+        model.model.layers[1].mlp.down_proj.weight.mul_(100)
+    (text,) = texts(1)
+    kept = Encoder(model, storage_dtype="int8", layers=(1, 2)).encode([""], input_ids=[text])[0]
+    assert torch.equal(encode(model, text, [(1, 2)], "int8")[(1, 2)], kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import dssk
+from dssk.errors import DsskError
 from dssk.inference.attending import attend
 from dssk.inference.encoding import Encoder
-from dssk.inference.generation import contexts_together
-from tests.conftest import VOCAB_SIZE, byte_tokenizer
+from dssk.inference.generation import contexts_together, generate_batch, nll_batch, positions_left
+from dssk.inference.tokenizer import tokenize_question
+from tests.conftest import VOCAB_SIZE, byte_tokenizer, fused
 from tests.families import tiny_base
 
 TEXTS = ["a mill by the river", "a tower of stone", "an old bridge"]
@@ -63,3 +65,39 @@ def test_attention_is_the_share_of_each_token_of_the_context(model, tokenizer):
     assert found.layers == [0, 1, 2]
     assert found.weights.shape == (3, 4, len(found.answer_tokens), len(states))
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(found.weights.shape[:-1]))
+
+
+def test_a_context_and_its_text_share_the_positions(base_path, tokenizer):
+    """On learned positions, of which there are 256: one more would be no error of ours."""
+    model = fused(base_path, reader="merged", encode_layer=2)
+    text, question = "a mill by the river " * 50, "who built it"
+    assert isinstance(model.answer(question, text, tokenizer, max_new_tokens=6), str)  # in passages
+    prompt = len(tokenize_question(tokenizer, question, "merged"))
+    asked = tokenize_question(tokenizer, question, "merged")
+    (states,) = Encoder(model, tokenizer, maximum_input_length=256 - prompt - 2).encode([text])
+    context = contexts_together(model, [[states]])
+    assert positions_left(model, context["context"], [prompt]) == 2
+    generate_batch(model, tokenizer, [asked], 6, **context)  # no more than there are positions for
+    (states,) = Encoder(model, tokenizer, maximum_input_length=250).encode([text])
+    with pytest.raises(
+        DsskError, match=rf"a context of 250 tokens and {prompt + 1} of .* the model's 256 positions"
+    ):
+        model.answer(question, states, tokenizer)
+    with pytest.raises(DsskError, match="a context of 250 tokens"):
+        nll_batch(model, tokenizer, [[5] * 5], [[6] * 2], **contexts_together(model, [[states]]))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_attention_behind_a_sliding_window_is_on_the_end_of_the_context(family, tokenizer, tmp_path):
+    """gemma2 mixes layers of both kinds."""
+    sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "sliding_window": 8}
+    model = dssk.from_base(tiny_base(family, tmp_path, **sizes), reader="merged", encode_layer=2).eval()
+    with torch.no_grad():
+        model.cross_attn_blocks[0].up.weight.normal_(std=0.3)
+    (states,) = Encoder(model, tokenizer).encode(["a mill by the river and a tower of stone"])
+    found = attend(model, tokenizer, "who", "it", states)
+    assert found.weights.shape[-1] == len(states) > 40
+    sums = found.weights.sum(-1)
+    assert ((sums - 1).abs().lt(1e-4) | sums.eq(0)).all()  # a question can be longer than the window
+    slides = found.weights[0]  # the first layer of both does
+    assert slides[..., : len(states) - 8].sum() == 0

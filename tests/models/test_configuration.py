@@ -43,6 +43,8 @@ def test_a_layout_is_refused_exactly_when_it_would_need_a_layer_below_the_first(
         ({"cross_attn_init": "ones"}, "want one of zero, normal, copy"),
         ({"num_cross_attn_layers": 0}, "at least 1"),
         ({"reader_replay": 1}, "reader_replay is 1, .* cross_attention reader has 0 layers to run again"),
+        ({"reader": "merged", "encode_layer": []}, r"encode_layer is \[\], want at least one layer"),
+        ({"reader": "merged", "reader_rank": 33}, "reader_rank is 33, more than the 32 values of a state"),
         ({"reader": "merged", "reader_replay": 1}, "from encode_layer last on .* want 0 to 0"),
         ({"reader": "merged", "encode_layer": 1, "reader_replay": 99}, "reader_replay is 99, .* want 0 to "),
         ({"reader": "merged", "encode_layer": 1, "reader_replay": -1}, "reader_replay is -1"),

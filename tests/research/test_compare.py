@@ -7,6 +7,7 @@ from dssk.inference.tokenizer import load_tokenizer
 from dssk.report.run_files import read_run
 from dssk.research import compare, paired
 from dssk.research.compare import system_list
+from dssk.research.systems import Systems
 from dssk.utils import files
 from tests.conftest import fused, question_rows
 
@@ -80,6 +81,14 @@ def test_contexts_that_are_cut_are_counted(run_compare, tmp_path, capsys):
     file.write_text(json.dumps({"context": "x" * 500, "question": "q", "answer": "a"}))
     run_compare("--systems", "prompted", "--eval", f"long={file}")
     assert "prompted: 1 of 1 contexts were cut to fit 256 positions" in capsys.readouterr().out
+
+
+def test_rows_of_a_step_that_questions_of_a_context_do_not_fill_are_refused(run_compare, monkeypatch):
+    monkeypatch.setattr(Systems, "_experiment", {"questions_per_context": 4})
+    with pytest.raises(
+        DsskError, match="--batch_size 6 is no multiple of the checkpoint's questions_per_context 4"
+    ):
+        run_compare("--systems", "lora_prompted", "--batch_size", "6")
 
 
 def test_mistakes_are_named(run_compare):

@@ -7,10 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dssk
+from dssk.commands.train import parse_args
+from dssk.config import experiment_id
 from dssk.data.collate import Collator
 from dssk.errors import DsskError
 from dssk.inference.calibrate import fit_reader
 from dssk.models.merged import MergedReader
+from dssk.training.run import train
 from tests.conftest import VOCAB_SIZE, byte_tokenizer, encode_rows, experiment, question_rows
 from tests.families import tiny_base
 from tests.training.conftest import losses, weights
@@ -27,10 +30,6 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def run(llama, tmp_path):
-    from dssk.commands.train import parse_args
-    from dssk.config import experiment_id
-    from dssk.training.run import train
-
     base, store = llama
 
     def run(*flags: str, **changes):
@@ -55,6 +54,24 @@ def test_maps_start_fitted_learn_and_load_from_a_checkpoint_and_a_fused_folder(r
     ids = torch.arange(6, 18).view(2, 6)
     assert torch.equal(*(model(ids, context_input_ids=ids).logits for model in models))
     assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["encode_layer"] == 2
+
+
+@pytest.mark.parametrize(("kept", "online", "fitted"), [("int8", False, "int8"), ("int8", True, "bf16")])
+def test_maps_are_fitted_on_states_as_they_will_be_read(llama, tmp_path, monkeypatch, kept, online, fitted):
+    base, _ = llama
+    flags = ("--encode_layer", "2", "--storage_dtype", kept)
+    store = encode_rows(base, tmp_path, question_rows(8), *flags)
+    asked: list[str] = []
+
+    def fit(model, texts, storage_dtype):
+        asked.append(storage_dtype)
+        return fit_reader(model, texts, storage_dtype)
+
+    monkeypatch.setattr("dssk.training.run.fit_reader", fit)
+    exp_dict = experiment(base, reader="merged", encode_layer=2, encode_online=online)
+    argv = ["-e", "group", "-sb", str(tmp_path), "--data_path", str(store), "--steps", "1"]
+    train(parse_args([*argv, "--generation_eval_samples", "0"]), {"group": [exp_dict]})
+    assert asked == [fitted]
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder_lora": {"rank": 2}}, {"num_contexts": 3}], ids=str)

@@ -102,6 +102,10 @@ def test_a_stop_in_an_evaluation_that_is_made_up_for_loses_nothing(run, monkeypa
     assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [2, 4, 6]
 
 
+def training_state(folder) -> dict:
+    return json.loads((latest_checkpoint(folder) / "training_state.json").read_text())
+
+
 def load_state(folder) -> dict:
     return json.loads((latest_checkpoint(folder) / "trainer_state.json").read_text())
 
@@ -306,6 +310,31 @@ def test_minutes_end_a_run_with_the_rate_come_down_and_more_of_them_go_on(run, t
     assert re.search(rf"finished: step {last}, 0\.[56] CPU minutes of 0\.5", capsys.readouterr().out)
     run("--steps", "1000", "--minutes", "1", "--log_every", "1", **changes)
     assert 1.4 * last < checkpoint_step(latest_checkpoint(folder)) < 2.6 * last
+
+
+def test_minutes_count_what_was_used_before_a_start_by_steps(run, ticking):
+    folder = run("--steps", "1000", "--minutes", "0.5")
+    used = training_state(folder)["cpu_seconds"]
+    run("--steps", str(checkpoint_step(latest_checkpoint(folder)) + 2))
+    assert training_state(folder)["cpu_seconds"] > used
+
+
+def test_an_evaluation_after_the_last_step_is_made_up_for(run, monkeypatch):
+    flags = ("--steps", "2", "--log_every", "1", "--generation_eval_samples", "4")
+
+    def score(scorer, trainer):
+        if trainer.state.global_step == 2 and not stopped:
+            stopped.append(True)
+            raise LeaveTraining
+        return {"f1": 0.5}
+
+    stopped: list[bool] = []
+    monkeypatch.setattr("dssk.training.answers.AnswerScorer.__call__", score)
+    run(*flags)  # left in the last evaluation
+    folder = run(*flags)
+    assert latest_checkpoint(folder).name == "checkpoint-2"
+    assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [1, 2]
+    assert not training_state(folder)["evaluation_due"]
 
 
 def test_minutes_of_several_processes_are_refused(run, monkeypatch):
