@@ -1,7 +1,7 @@
 """Write the fused model of a checkpoint, base and blocks in one; or, with --base, the plain base in it.
 
 A fused model loads with `AutoModelForCausalLM.from_pretrained` after `import dssk`. Base weights are those of the base,
-bit for bit and in its precision.
+bit for bit; a run with fp16 or bf16 has them, and what was trained, rounded to that type.
 """
 
 from collections.abc import Sequence
