@@ -48,9 +48,7 @@ def trained(folder: Path) -> dict[str, Any]:
     sizes = {name: prod(info["shape"]) for name, info in header.items() if name != "__metadata__"}
     return {
         "seed": experiment["seed"],
-        "bytes_per_context_token": encoding_bytes(
-            DEFAULT_STORAGE, config.hidden_size * len(config.encode_layers)
-        ),
+        "bytes_per_context_token": encoding_bytes(DEFAULT_STORAGE, config.states_width),
         "resident_bytes_per_context_token": CACHE_BYTES * projected_values(config),
         "trained_parameters": sum(
             size for name, size in sizes.items() if name.rpartition(".")[2] not in BUFFERS

@@ -62,9 +62,8 @@ def calibrate(args: argparse.Namespace) -> None:
         report=say,
     )
     del base
-    model = calibrated(
-        found, args.base, revision=args.revision, dtype=AUTO
-    )  # as the base is, whatever computed
+    # Saved in the base's own type, whatever was computed in: stores of that base suit it.
+    model = calibrated(found, args.base, revision=args.revision, dtype=AUTO)
     with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
