@@ -127,14 +127,19 @@ def test_the_experiment_of_the_demo_names_the_base_that_the_demo_makes():
     assert {exp_dict["model_path"] for exp_dict in EXP_GROUPS["crossattn_tiny"]} == {f"{DEMO}/base"}
 
 
+def real_commands(variables: str) -> str:
+    """What `make real` would run."""
+    command = ["make", "-n", "-o", "install", "real", *variables.split()]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+
+
 def test_make_real_scores_states_of_the_layers_that_each_group_named_for_it_reads():
     """Each group is one experiment, too: `dssk train` would take the first of several."""
     texts = [README, (REPOSITORY / "docs" / "readers.md").read_text(), MAKEFILE]
     named = {group for text in texts for group in re.findall(r"\bGROUP=(\w\S+\w)", text)}
     assert named == {"merged_replay_smollm2-135m", "merged_replay_two_smollm2-135m"}
     for words in ("", *(f"GROUP={group}" for group in named)):
-        command = ["make", "-n", "-o", "install", "real", *words.split()]
-        shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+        shown = real_commands(words)
         (group,) = set(re.findall(r"train -e (\S+)", shown))
         (exp_dict,) = expand_group(EXP_GROUPS[group])
         assert set(re.findall(r"--encode_layer (\S+)", shown)) == {str(exp_dict["encode_layer"])}
@@ -142,10 +147,6 @@ def test_make_real_scores_states_of_the_layers_that_each_group_named_for_it_read
 
 def test_every_choice_of_make_real_but_its_minutes_has_a_folder_of_its_own():
     choices = ("MINUTES=30", "GROUP=merged_replay_smollm2-135m", "LONGEST=1600", "ALL=1", "SEED=1")
-    folders = []
-    for choice in choices:
-        command = ["make", "-n", "-o", "install", "real", choice]
-        shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
-        folders.append(re.search(r"dssk real --output (\S+)/sets ", shown)[1])
+    folders = [re.search(r"dssk real --output (\S+)/sets ", real_commands(choice))[1] for choice in choices]
     assert folders[0] == "runs/real"
     assert len({*folders}) == len(choices)

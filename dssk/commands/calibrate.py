@@ -37,7 +37,7 @@ def calibrate(args: argparse.Namespace) -> None:
         raise DsskError(f"{args.output} is not empty: name a folder that does not exist yet with --output")
     from dssk.checkpoint import finish_checkpoint
     from dssk.inference.calibrate import calibrated, divided, first_tokens, scan
-    from dssk.inference.loading import device, load_base
+    from dssk.inference.loading import device, load_base, load_base_config
     from dssk.inference.rounding import TORCH_DTYPES
     from dssk.inference.tokenizer import load_tokenizer, tokenize_contexts
     from dssk.models.shapes import window
@@ -47,10 +47,10 @@ def calibrate(args: argparse.Namespace) -> None:
     quiet_libraries()
     tokenizer = load_tokenizer(args.base, args.revision)
     texts = tokenize_contexts(tokenizer, list(read_texts(args.text)))
+    longest = min(args.text_tokens, window(load_base_config(args.base, args.revision)))
+    fitted, held_out = divided([ids[:longest] for ids in texts], args.held_out)
     dtype = args.dtype if args.dtype == AUTO else TORCH_DTYPES[args.dtype]
     base = load_base(args.base, args.revision, dtype=dtype, device=device())
-    longest = min(args.text_tokens, window(base.config))
-    fitted, held_out = divided([ids[:longest] for ids in texts], args.held_out)
     candidates = to_candidates(args.encode_layer, base.config.get_text_config().num_hidden_layers)
     found = scan(
         base,

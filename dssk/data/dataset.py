@@ -138,36 +138,39 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         example: dict[str, Any] = {"context": row["context"]}
         if numbers:
             example["contexts"] = [(number, self._numbered(number)) for number in numbers]
-            size = self._room(max(len(context) for _, context in example["contexts"]))
-            return example | {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
+            longest = max(len(context) for _, context in example["contexts"])
+            return example | self._cut(text, longest)
         context: Sequence[Any] = []
         if self.cfg.encode_online or self.distils:
-            context = example["context_input_ids"] = self._tokens(row)[: text.seen]
+            context = example["context_input_ids"] = self._read_tokens(row)[: text.seen]
         if not self.cfg.encode_online:
             context = row["encoder_hidden_states"][: self.context_size][: text.seen]
             example["encoder_hidden_states"] = context
-        size = self._room(len(context))
-        example |= {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
+        example |= self._cut(text, len(context))
         if self.distils:
-            cut = max(0, len(text.input_ids) - size)
+            cut = len(text.input_ids) - len(example["input_ids"])
             example["teacher_input_ids"] = text.prompted[: len(text.prompted) - cut]
             example["taught"], example["teacher_share"] = max(0, text.taught - cut), text.share
         return example
 
-    def _tokens(self, row: dict[str, Any]) -> list[int]:
+    def _tokens(self, context: str) -> list[int]:
+        return tokenize_context(self.tokenizer, context)[: self.context_size]
+
+    def _read_tokens(self, row: dict[str, Any]) -> list[int]:
         """Of a row's context as much as is read: what a store cut off (`--truncate`) has no states."""
-        tokens = tokenize_context(self.tokenizer, row["context"])[: self.context_size]
+        tokens = self._tokens(row["context"])
         return tokens if self.cfg.encode_online else tokens[: len(row["encoder_hidden_states"])]
 
-    def _room(self, context_tokens: int) -> int:
-        """How long a text behind a context may be."""
-        return min(self.cfg.context_size, self.positions - context_tokens)
+    def _cut(self, text: _Text, context_tokens: int) -> dict[str, list[int]]:
+        """What the decoder reads and learns of a text behind a context."""
+        size = min(self.cfg.context_size, self.positions - context_tokens)
+        return {"input_ids": text.input_ids[:size], "labels": text.labels[:size]}
 
     def _numbered(self, number: int) -> Any:
         """A context by its number in the store: its states, or its tokens with `encode_online`."""
         assert self.contexts is not None
         if self.cfg.encode_online:
-            return tokenize_context(self.tokenizer, self.contexts.text(number))[: self.context_size]
+            return self._tokens(self.contexts.text(number))
         return self.contexts.states(number)[: self.context_size]
 
     def _with_others(
@@ -201,7 +204,7 @@ class CrossAttnDataset(torch.utils.data.Dataset):
         return _Text(input_ids, labels, prompted=asked + answer, taught=len(answer), share=TUNED_SHARE)
 
     def _document(self, row: dict[str, Any], rng: np.random.Generator) -> _Text:
-        tokens = self._tokens(row)
+        tokens = self._read_tokens(row)
         seen = round(rng.uniform(SPLIT_FROM, SPLIT_TO) * len(tokens))
         seen = min(max(seen, self.num_leading + 1), len(tokens) - 1)
         rest = tokens[seen:]

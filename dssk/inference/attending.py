@@ -70,8 +70,8 @@ def attend(
     found = outputs.attentions if merged else outputs.cross_attentions
     # Merged, the context stands before the text, and of a long one a sliding window has the end alone.
     text_tokens, tokens = len(prompt) + len(target) - 1, sum(map(len, several))
-    seen = [layer[0, ..., : layer.shape[-1] - text_tokens] if merged else layer[0] for layer in found]
-    padded = [nn.functional.pad(layer, (tokens - layer.shape[-1], 0)) for layer in seen]
+    on_context = [layer[0, ..., : layer.shape[-1] - text_tokens] if merged else layer[0] for layer in found]
+    padded = [nn.functional.pad(layer, (tokens - layer.shape[-1], 0)) for layer in on_context]
     # The first token is predicted at the prompt's last position.
     weights = torch.stack([layer[:, len(prompt) - 1 :].float() for layer in padded])
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12) if merged else weights

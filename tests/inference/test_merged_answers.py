@@ -72,8 +72,8 @@ def test_a_context_and_its_text_share_the_positions(base_path, tokenizer):
     model = fused(base_path, reader="merged", encode_layer=2)
     text, question = "a mill by the river " * 50, "who built it"
     assert isinstance(model.answer(question, text, tokenizer, max_new_tokens=6), str)  # in passages
-    prompt = len(tokenize_question(tokenizer, question, "merged"))
     asked = tokenize_question(tokenizer, question, "merged")
+    prompt = len(asked)
     (states,) = Encoder(model, tokenizer, maximum_input_length=256 - prompt - 2).encode([text])
     context = contexts_together(model, [[states]])
     assert positions_left(model, context["context"], [prompt]) == 2

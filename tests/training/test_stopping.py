@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dssk.checkpoint import checkpoint_step, latest_checkpoint
 from dssk.errors import Diverged, DsskError, EnvironmentFault, Preempted
+from dssk.training.state import load_run_state
 from dssk.training.stopping import LeaveTraining
 from dssk.training.trainer import CrossAttnTrainer
 from tests.training.conftest import equal_tensors, logged, losses, on_ranks
@@ -100,10 +101,6 @@ def test_a_stop_in_an_evaluation_that_is_made_up_for_loses_nothing(run, monkeypa
     assert equal_tensors(folder / "final", whole / "final")
     assert losses(folder) == losses(whole)
     assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [2, 4, 6]
-
-
-def training_state(folder) -> dict:
-    return json.loads((latest_checkpoint(folder) / "training_state.json").read_text())
 
 
 def load_state(folder) -> dict:
@@ -314,9 +311,9 @@ def test_minutes_end_a_run_with_the_rate_come_down_and_more_of_them_go_on(run, t
 
 def test_minutes_count_what_was_used_before_a_start_by_steps(run, ticking):
     folder = run("--steps", "1000", "--minutes", "0.5")
-    used = training_state(folder)["cpu_seconds"]
+    used = load_run_state(latest_checkpoint(folder))["cpu_seconds"]
     run("--steps", str(checkpoint_step(latest_checkpoint(folder)) + 2))
-    assert training_state(folder)["cpu_seconds"] > used
+    assert load_run_state(latest_checkpoint(folder))["cpu_seconds"] > used
 
 
 def test_an_evaluation_after_the_last_step_is_made_up_for(run, monkeypatch):
@@ -334,7 +331,7 @@ def test_an_evaluation_after_the_last_step_is_made_up_for(run, monkeypatch):
     folder = run(*flags)
     assert latest_checkpoint(folder).name == "checkpoint-2"
     assert [e["step"] for e in logged(folder) if "eval_loss" in e] == [1, 2]
-    assert not training_state(folder)["evaluation_due"]
+    assert not load_run_state(latest_checkpoint(folder))["evaluation_due"]
 
 
 def test_minutes_of_several_processes_are_refused(run, monkeypatch):
